@@ -1,0 +1,174 @@
+"The simulated market: its frames, its truth, and the absence of truth at signal 0."
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cryptoml.simulate import DRIVERS, NOISES, TRANSITION, Market, coins, simulate
+
+
+@pytest.fixture(scope='module')
+def market(): return simulate(seed=3)
+
+
+@pytest.fixture(scope='module')
+def silent(): return simulate(seed=3, signal=0)
+
+
+def matrix(market: Market, series): return np.asarray(series).reshape(len(market.symbols), -1)
+
+
+def log_returns(market): return matrix(market, np.log(market.bars['close'] / market.bars['open']))
+
+
+def z_score(sign, outcome):
+    "Martingale z of hits: coins of one bar are one observation, so correlation between coins does not matter"
+    x = (np.sign(sign) * np.sign(outcome)).sum(0)
+    return x.sum() / np.sqrt((x ** 2).sum())
+
+
+def test_frames_have_the_agreed_shape(market):
+    bars = market.bars
+    assert list(bars.columns) == ['time', 'symbol', 'open', 'high', 'low', 'close', 'volume', 'quote_volume', 'trades', 'taker_buy_volume']
+    assert str(bars['time'].dtype) == 'datetime64[us, UTC]'
+    assert bars.equals(bars.sort_values(['symbol', 'time'], ignore_index=True))
+    assert not bars.duplicated(['symbol', 'time']).any() and np.isfinite(bars.select_dtypes('number')).all(axis=None)
+    assert market.symbols == sorted(market.symbols) == bars['symbol'].unique().tolist()
+    for frame in (market.extra, market.funding): assert {'time', 'known', 'symbol'} <= set(frame) and (frame['known'] >= frame['time']).all()
+    assert str(market.extra['known'].dtype) == str(market.onchain['known'].dtype) == str(market.funding['known'].dtype) == 'datetime64[us, UTC]'
+    assert market.truth.index.names == ['symbol', 'time'] and len(market.truth) == len(bars) == len(market.extra)
+    assert market.lead_lag.shape == (8, 8) and list(market.cost.index) == market.symbols and market.cost.between(5e-4, 1e-3).all()
+    assert bars['open'].max() / bars['open'].min() > 1e8
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 11), st.integers(2, 80), st.floats(0, 5), st.integers(0, 2 ** 32), st.sampled_from(['15min', '1h', '4h', '1d']))
+def test_any_market_is_consistent(n, bars, signal, seed, timeframe):
+    m = simulate(n, bars, signal, seed, timeframe=timeframe); b = m.bars
+    assert len(b) == n * bars and (b['low'] > 0).all()
+    assert (b['high'] >= b[['open', 'close']].max(axis=1)).all() and (b['low'] <= b[['open', 'close']].min(axis=1)).all()
+    assert (b['quote_volume'] > 0).all() and (b['trades'] >= 1).all() and b['taker_buy_volume'].between(0, b['volume']).all()
+    assert {'AdrActCnt', 'known', 'asset'} <= set(m.onchain) and 'funding_rate' in m.funding
+    assert set(m.truth['regime']) <= {0, 1, 2, 3}
+
+
+def test_a_day_on_chain_is_known_after_it_ended_and_is_complete():
+    m = simulate(2, 24 * 5 + 7, seed=1, start='2022-01-01 05:00')
+    days = m.onchain.loc[m.onchain['asset'] == 'btc', 'time']
+    assert list(days.dt.day) == [2, 3, 4, 5]                  # the first and the last day are incomplete
+    assert (m.onchain['known'] > m.onchain['time'] + pd.Timedelta('1D')).all()
+
+
+def test_on_chain_carries_its_state_and_funding_only_the_past(market):
+    active = np.log(market.onchain[market.onchain['asset'] == 'eth'].set_index('time')['AdrActCnt'])
+    state = market.truth.loc['ETH/USDT', 'drift_onchain'].groupby(lambda t: t.floor('D')).mean()
+    assert np.corrcoef(active, state)[0, 1] > 0.9
+    f = market.funding[market.funding['symbol'] == 'ETH/USDT'].set_index('time')['funding_rate']
+    opens = np.log(market.bars[market.bars['symbol'] == 'ETH/USDT'].set_index('time')['open'])
+    assert np.corrcoef(f, (opens - opens.shift(24)).reindex(f.index))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize('kwargs, word', [(dict(n_symbols=0), 'at least 1 symbol'), (dict(n_bars=1), '2 bars'), (dict(signal=-0.1), 'signal'),
+                                          (dict(signal=float('nan')), 'signal'), (dict(timeframe='5h'), 'divide a day'), (dict(timeframe='2d'), 'divide a day')])
+def test_bad_arguments_are_named(kwargs, word):
+    with pytest.raises(ValueError, match=word): simulate(**kwargs)
+
+
+def test_same_seed_same_bits_in_another_process():
+    code = ("import hashlib, pandas as pd; from cryptoml.simulate import simulate; m = simulate(3, 200, seed=11);"
+            "print(hashlib.sha256(pd.util.hash_pandas_object(m.bars).to_numpy().tobytes()).hexdigest())")
+    mine = hashlib.sha256(pd.util.hash_pandas_object(simulate(3, 200, seed=11).bars).to_numpy().tobytes()).hexdigest()
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == mine
+    assert not simulate(3, 200, seed=12).bars.equals(simulate(3, 200, seed=11).bars)
+
+
+def test_the_signal_changes_the_mean_and_nothing_else(market, silent):
+    pd.testing.assert_frame_equal(market.extra, silent.extra)
+    pd.testing.assert_frame_equal(market.onchain, silent.onchain)
+    drift = matrix(market, market.truth['drift'])
+    np.testing.assert_allclose(log_returns(market)[:, 1:] - drift[:, :-1], log_returns(silent)[:, 1:], atol=1e-12)
+    for c in ('quote_volume', 'trades'): np.testing.assert_array_equal(market.bars[c], silent.bars[c])
+    np.testing.assert_allclose(simulate(2, 500, 2.0, 5).truth['drift'], 2 * simulate(2, 500, 1.0, 5).truth['drift'], atol=1e-15)
+
+
+def test_the_drift_is_the_sum_of_its_parts_and_linear_in_the_drivers(market):
+    t, extra = market.truth, market.extra.set_index(['symbol', 'time'])
+    np.testing.assert_allclose(t.filter(regex='^drift_').sum(axis=1), t['drift'], atol=1e-15)
+    for name, (_, weight) in DRIVERS.items(): np.testing.assert_allclose(t[f'drift_{name}'], t['scale'] * weight * extra[name], atol=1e-15)
+    assert np.abs(t.drop(columns='sigma').groupby('symbol')['drift'].mean() / t.groupby('symbol')['scale'].first()).max() < 0.01      # being always long earns nothing
+
+
+@pytest.mark.parametrize('h', [1, 4, 24])
+def test_expected_is_the_sum_of_conditional_expectations(market, h):
+    "Brute force: decay every part bar by bar from the truth at t"
+    total, t = 0.0, market.truth
+    chance = np.eye(4)[t['regime']]
+    for k in range(h):
+        total = total + sum(t[f'drift_{n}'] * 0.5 ** (k / life) for n, (life, _) in DRIVERS.items())
+        total = total + t['drift_onchain'] * 0.5 ** (k / 120) + t['drift_centre'] + (t['drift_lead_lag'] if k == 0 else 0)
+        total = total + t['scale'] * (chance @ np.array([0.05, -0.05, 0, 0]))
+        chance = chance @ TRANSITION
+    np.testing.assert_allclose(market.expected(h), total, atol=1e-12)
+    if h == 1: np.testing.assert_allclose(market.expected(1), t['drift'], atol=1e-15)
+
+
+def test_sigma_is_the_standard_deviation_of_the_next_shock(silent):
+    z = log_returns(silent)[:, 1:] / matrix(silent, silent.truth['sigma'])[:, :-1]
+    assert abs((z ** 2).mean() - 1) < 0.05
+    vol = matrix(silent, silent.truth['sigma'])[:, :-1]
+    calm, wild = vol < np.median(vol), vol > np.quantile(vol, 0.9)
+    assert abs((z[calm] ** 2).mean() - 1) < 0.07 and abs((z[wild] ** 2).mean() - 1) < 0.15
+
+
+def test_noise_columns_look_like_drivers(market):
+    x = {c: matrix(market, market.extra[c]) for c in (*DRIVERS, *NOISES)}
+    for noise, driver in (('noise_1', 'driver_1'), ('noise_2', 'driver_2'), ('noise_3', 'driver_3')):
+        for lag in (1, 12):
+            a, b = ((x[c][:, lag:] * x[c][:, :-lag]).mean() / (x[c] ** 2).mean() for c in (noise, driver))
+            assert abs(a - b) < 0.08
+        assert abs(x[noise].std() - 1) < 0.1 and abs(x[driver].std() - 1) < 0.1
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_the_oracle_scores_as_tuned(seed):
+    m = simulate(seed=seed); r = np.cumsum(log_returns(m), 1)
+    hit = lambda h, parts=None: (np.sign(matrix(m, m.expected(h, parts)))[:, :-h] == np.sign(r[:, h:] - r[:, :-h])).mean()
+    assert 0.62 <= hit(12) <= 0.66 and 0.585 <= hit(4) <= 0.625 and 0.58 <= hit(12, list(DRIVERS)) <= 0.635
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2, 3])
+def test_at_signal_0_nothing_seen_forecasts_the_sign(seed):
+    "Thirty rules a seed on the one-bar sign; |z| > 4.2 has a chance below 0.0033 over all 120"
+    m, loud = simulate(seed=seed, signal=0), simulate(seed=seed)
+    r, b = log_returns(m), m.bars
+    rules = {c: matrix(m, m.extra[c]) for c in (*DRIVERS, *NOISES)}
+    rules |= {f'oracle {h}': matrix(m, loud.expected(h)) for h in (1, 4, 12, 24)}
+    rules |= {p: matrix(m, loud.truth[f'drift_{p}']) for p in ('onchain', 'regime', 'lead_lag')}
+    change = lambda x: np.diff(x, axis=1, prepend=x[:, :1])
+    rules |= {'taker share': matrix(m, b['taker_buy_volume'] / b['volume']) - 0.5, 'volume': change(matrix(m, np.log(b['quote_volume']))),
+              'range': change(matrix(m, np.log(b['high'] / b['low']))), 'close location': matrix(m, (b['close'] - b['low']) / (b['high'] - b['low'])) - 0.5}
+    for w in (1, 3, 12, 48, 168):
+        past = np.cumsum(r, 1); past[:, w:] -= past[:, :-w].copy()
+        rules |= {f'momentum {w}': past, f'cross-section {w}': past - past.mean(0)}
+    bad = {k: z for k, x in rules.items() if abs(z := z_score(x[:, :-1], r[:, 1:])) > 4.2}
+    assert len(rules) >= 29 and not bad
+    assert z_score(matrix(m, loud.expected(1))[:, :-1], log_returns(loud)[:, 1:]) > 15           # the same test sees the signal where there is one
+
+
+def test_lead_lag_is_where_it_was_planted(market):
+    t, r = market.truth, log_returns(market)
+    shock = r[:, 1:] - matrix(market, t['drift'])[:, :-1]
+    own = shock - shock.mean(0)
+    next_drift = matrix(market, t['drift_lead_lag'])[:, 1:]
+    L = market.lead_lag.to_numpy()
+    assert (next_drift[~L.any(1)] == 0).all()
+    for i, j in zip(*np.nonzero(L)): assert np.corrcoef(next_drift[i], own[j])[0, 1] > 0.6
+
+
+def test_coins_are_distinct_and_sorted():
+    c = coins(40)
+    assert len(c) == 40 and list(c) == sorted(c) and min(c.values()) <= 1e-5 and max(c.values()) >= 3e4
