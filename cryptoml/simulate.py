@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.signal import lfilter
 
 from .data import parse_timeframe
 
@@ -24,9 +23,10 @@ def ar1(
 ) -> np.ndarray:        # Stationary AR(1) of mean 0 and variance 1 [..., T]
     "First-order autoregression started from its stationary distribution"
     phi = 0.5 ** (1 / half_life)
-    innovations = white * np.sqrt(1 - phi ** 2)
-    innovations[..., 0] = white[..., 0]
-    return lfilter([1.0], [1.0, -phi], innovations, axis=-1)
+    shocks = white * (np.sqrt(1 - phi ** 2) / (1 - phi))
+    shocks[..., 0] = white[..., 0]
+    rows = pd.DataFrame(shocks.reshape(-1, white.shape[-1]).T)
+    return rows.ewm(alpha=1 - phi, adjust=False).mean().to_numpy().T.reshape(white.shape)     # x = phi x + (1 - phi) shock
 
 # %% ../nbs/01_simulate.ipynb #ad680b96
 REGIMES = ('BULL', 'BEAR', 'RANGING', 'HIGH_VOL')
@@ -128,15 +128,21 @@ class Market:
     cost: pd.Series          # Taker fee plus half spread of each symbol, fraction per side
     symbols: list            # Sorted
     timeframe: pd.Timedelta  # Length of a bar
+    signal: float            # Strength it was made with
 
-    def expected(self, h: int, parts=None) -> pd.Series:
-        "Expected log return over the `h` bars after each bar's close; `parts` chooses among `driver_1 .. driver_3, onchain, regime, lead_lag, centre`"
+    def expected(
+        self,
+        h: int,      # Bars ahead
+        parts=None,  # Some of driver_1 .. driver_3, onchain, regime, lead_lag, centre; all when None
+    ) -> pd.Series:  # By (symbol, time)
+        "Expected log return over the `h` bars after each bar's close"
         life = {k: v[0] for k, v in DRIVERS.items()} | {'onchain': ONCHAIN[0]}
         weight = {k: (1 - p ** h) / (1 - p) for k, p in ((k, 0.5 ** (1 / v)) for k, v in life.items())} | {'lead_lag': 1.0, 'centre': h}
         parts = [*weight, 'regime'] if parts is None else parts
+        if bad := set(parts) - {*weight, 'regime'}: raise ValueError(f'no part {sorted(bad)} in the drift: there are {", ".join([*weight, "regime"])}')
         powers = sum(np.linalg.matrix_power(TRANSITION, k) @ DRIFT for k in range(h))
         total = sum((self.truth[f'drift_{k}'] * weight[k] for k in parts if k != 'regime'), 0.0 * self.truth['drift'])
-        return total + (self.truth['scale'] * powers[self.truth['regime']] if 'regime' in parts else 0.0)
+        return total + (self.signal * self.truth['scale'] * powers[self.truth['regime']] if 'regime' in parts else 0.0)
 
 # %% ../nbs/01_simulate.ipynb #b908dc1f
 def shocks(
@@ -273,6 +279,7 @@ def assemble(
     columns: dict,              # Output of `published` by name [N, T + 1]
     matrix: np.ndarray,         # Lead-lag [N, N]
     parts: dict,                # Output of `drift_parts` [N, T + 1]
+    signal: float,              # Strength the parts were made with
 ) -> Market:                    # Frames of all sources
     "Frames of a market from its arrays; what is known at the close of bar t is state t + 1"
     symbols, now = list(first), {k: v if k == 'scale' else v[..., :-1] for k, v in world.items()}
@@ -286,7 +293,7 @@ def assemble(
     onchain = daily_onchain(rng, time, [s.split('/')[0].lower() for s in symbols], columns['onchain'][:, 1:])
     cost = pd.Series(5e-4 + rng.uniform(0.5e-4, 3e-4, len(symbols)), symbols, name='cost')
     return Market(bars, extra, onchain, funding_rates(rng, time, symbols, close), truth,
-                  pd.DataFrame(matrix, symbols, symbols), cost, symbols, time[1] - time[0])
+                  pd.DataFrame(matrix, symbols, symbols), cost, symbols, time[1] - time[0], signal)
 
 # %% ../nbs/01_simulate.ipynb #ff83bbbb
 def simulate(
@@ -309,4 +316,4 @@ def simulate(
     columns = {k: published(rng, v, n_symbols, n_bars + 1) for k, v in lives.items()}
     matrix = lead_lag_matrix(rng, n_symbols)
     parts = drift_parts(world, columns, matrix, signal)
-    return assemble(rng, time[:-1], first, world, columns, matrix, parts)
+    return assemble(rng, time[:-1], first, world, columns, matrix, parts, signal)

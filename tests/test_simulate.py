@@ -116,6 +116,11 @@ def test_expected_is_the_sum_of_conditional_expectations(market, h):
     if h == 1: np.testing.assert_allclose(market.expected(1), t['drift'], atol=1e-15)
 
 
+@pytest.mark.parametrize('signal', [0, 0.5, 2.0])
+def test_expected_scales_with_the_signal(signal):
+    np.testing.assert_allclose(simulate(2, 500, signal, 5).expected(12), signal * simulate(2, 500, 1.0, 5).expected(12), atol=1e-15)
+
+
 def test_sigma_is_the_standard_deviation_of_the_next_shock(silent):
     z = log_returns(silent)[:, 1:] / matrix(silent, silent.truth['sigma'])[:, :-1]
     assert abs((z ** 2).mean() - 1) < 0.05
