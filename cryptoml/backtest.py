@@ -122,7 +122,7 @@ class Book:
         ax = ax or plt.subplots(figsize=(6.5, 2.8))[1]
         line, = ax.plot(self.time, self.equity, label=label)
         ax.plot(self.time, np.cumprod(1 + self.gross), color=line.get_color(), lw=.8, alpha=.6, label='before costs')
-        ax.set(ylabel='equity', yscale='log'); ax.legend(frameon=False)
+        ax.set(ylabel='equity'); ax.legend(frameon=False)
         return ax
 
 # %% ../nbs/06_backtest.ipynb #d5acc9ed

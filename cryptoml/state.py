@@ -90,14 +90,15 @@ def _try_lock(f):
 
 @contextlib.contextmanager
 def lock(
-    root,             # Folder to own, made if need be
-    wait: float = 60, # Seconds to wait for another owner before StateError
+    root,               # Folder to own, made if need be
+    wait: float = 60,   # Seconds to wait for another owner before StateError
+    name: str = 'LOCK', # File in it that is locked: owners for different purposes do not exclude each other
 ):
-    "Own a folder among processes and threads until the block ends or the process dies"
+    "Own a folder until the block ends or the process dies; gives the locked file, for a child that is to keep the lock"
     root, end = Path(root), time.monotonic() + wait
     try:
         root.mkdir(parents=True, exist_ok=True)
-        f = open(root/'LOCK', 'a+b', buffering=0)
+        f = open(root/name, 'a+b', buffering=0)
     except OSError as e: raise StateError(f'cannot write in {root}: {e.strerror}') from e
     with f:
         while True:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TFTConfig', 'TFTOutput', 'GatedSkip', 'GatedResidualNetwork', 'VariableNetworks', 'VariableSelection',
-           'StaticEncoder', 'LocalEncoder', 'InterpretableAttention', 'QuantileHead', 'quantile_loss',
-           'TemporalFusionTransformer', 'check_shapes', 'variable_importance', 'permutation_importance',
-           'attention_by_lag', 'plot_importance', 'plot_attention']
+           'StaticEncoder', 'LocalEncoder', 'InterpretableAttention', 'ordered', 'QuantileHead', 'pinball',
+           'quantile_loss', 'TemporalFusionTransformer', 'check_shapes', 'variable_importance',
+           'permutation_importance', 'attention_by_lag', 'plot_importance', 'plot_attention']
 
 # %% ../nbs/20_tft.ipynb #7595e463
 from collections.abc import Callable
@@ -188,32 +188,44 @@ class InterpretableAttention(nn.Module):
         return self.out(a @ self.value(x)), a
 
 # %% ../nbs/20_tft.ipynb #861d84fe
-class QuantileHead(nn.Module):
-    "Ordered quantiles from a state: eq. 23 for the middle one, positive steps outwards"
-    def __init__(
-        self,
-        d: int,   # Width of the state
-        n: int,   # Q, number of quantiles; number n // 2 is the anchor
-    ):
-        super().__init__()
-        self.linear, self.middle = nn.Linear(d, n), n // 2
+def ordered(
+    z: Tensor,   # Free numbers [..., Q]
+) -> Tensor:     # [..., Q], not decreasing; number Q // 2 as it was
+    "Quantiles from free numbers: the middle one as it is, the others by positive steps outwards"
+    middle = z.shape[-1] // 2
+    below, mid, above = z.tensor_split((middle, middle + 1), -1)
+    below, above = F.softplus(below), F.softplus(above)
+    return torch.cat([mid - below.flip(-1).cumsum(-1).flip(-1), mid, mid + above.cumsum(-1)], -1)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., d] -> [..., Q], not decreasing
-        below, mid, above = self.linear(x).tensor_split((self.middle, self.middle + 1), -1)
-        below, above = F.softplus(below), F.softplus(above)
-        return torch.cat([mid - below.flip(-1).cumsum(-1).flip(-1), mid, mid + above.cumsum(-1)], -1)
+class QuantileHead(nn.Module):
+    "Ordered quantiles from a state (Lim et al. 2019, eq. 23, for the middle one)"
+    def __init__(self, d: int, n: int):
+        super().__init__()
+        self.linear = nn.Linear(d, n)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., d] -> [..., Q]
+        return ordered(self.linear(x))
 
 # %% ../nbs/20_tft.ipynb #cc51b71d
+def pinball(
+    forecast: Tensor,              # [..., Q] quantile forecasts
+    y: Tensor,                     # [...] outcomes
+    quantiles: tuple[float, ...],  # Q levels inside (0, 1)
+) -> Tensor:                       # [..., Q] loss, in units of y
+    "Quantile loss of each outcome and level (Lim et al. 2019, eq. 25)"
+    if forecast.shape != (*y.shape, len(quantiles)):
+        raise ValueError(f'forecast {tuple(forecast.shape)} does not match y {tuple(y.shape)} and {len(quantiles)} quantiles')
+    q, miss = forecast.new_tensor(quantiles), y.unsqueeze(-1) - forecast
+    return torch.maximum(q * miss, (q - 1) * miss)
+
+# %% ../nbs/20_tft.ipynb #f5c427fd
 def quantile_loss(
     forecast: Tensor,          # [..., Q] quantile forecasts
     y: Tensor,                 # [...] outcomes, all present: pick the known ones before
     quantiles: tuple[float, ...],  # Q levels inside (0, 1)
 ) -> Tensor:                   # Scalar, in units of y
-    "Sum over quantiles and mean over samples and steps of the quantile loss (Lim et al. 2019, eqs. 24 and 25)"
-    if forecast.shape != (*y.shape, len(quantiles)):
-        raise ValueError(f'forecast {tuple(forecast.shape)} does not match y {tuple(y.shape)} and {len(quantiles)} quantiles')
-    q, miss = forecast.new_tensor(quantiles), y.unsqueeze(-1) - forecast
-    return torch.maximum(q * miss, (q - 1) * miss).sum(-1).mean()
+    "Sum over quantiles and mean over samples and steps of the quantile loss (Lim et al. 2019, eq. 24)"
+    return pinball(forecast, y, quantiles).sum(-1).mean()
 
 # %% ../nbs/20_tft.ipynb #3a14471e
 class TemporalFusionTransformer(nn.Module):

@@ -139,7 +139,7 @@ def test_paired_differences_cancel_what_both_share():
     assert gain.lo > .049 and gain.hi < .051 and m.interval_mean(a, np.arange(500)).lo < 0
 
 def test_variance_of_the_resampled_mean_is_that_of_politis_and_romano():
-    "Closed form: Var* of the mean = sum of circular autocovariances weighted by b_k = (1 - k/n) q^k + (k/n) q^(n-k), over n"
+    "Closed form (their section 2): samples k apart lie in one run with probability q^k, and then covary as the circular autocovariance says"
     v = np.cumsum(np.random.default_rng(0).normal(size=60)) * .1
     n, q, e = len(v), 1 - 1 / 5, v - v.mean()
     c = np.array([(e * np.roll(e, -k)).mean() for k in range(n)])

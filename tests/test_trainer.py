@@ -1,0 +1,323 @@
+"The loop under kills, damage and bad input: exact resume, determinism, learning (suites 4, 5, 11, 12, 13, 14)"
+import collections, hashlib, math, os, signal, subprocess, sys, textwrap
+
+import pytest, torch
+from torch import nn
+from torch.nn import functional as F
+
+from cryptoml.state import generations, load, lock, read_lines
+from cryptoml.trainer import TrainConfig, TrainerError, UltimateTrainer, epoch_seed, pick_device, to_device, train_epoch
+
+X = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] * X[:, 1] > 0).long()
+
+def batches(epoch, generator):
+    for i in torch.randperm(64, generator=generator).split(16): yield dict(x=X[i], y=Y[i])
+
+def loss(m, batch): return F.cross_entropy(m(batch['x']), batch['y'])
+
+def validate(m): return dict(loss=F.cross_entropy(m(X[64:]), Y[64:]))
+
+def network(seed=0, width=16):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, 2))
+
+def config(**kw): return TrainConfig(**dict(epochs=6, lr=0.01, patience=50, lr_patience=0) | kw)
+
+def fit(out, model=None, **kw):
+    t = UltimateTrainer(model or network(), config(**kw), out, 'cpu')
+    return t.fit(batches, loss, validate), t.model
+
+def bits(out):
+    "All that a run left: weights, best weights, moments, learning rates, history but for its seconds"
+    tensors, c = load(out/'checkpoint')
+    h = hashlib.sha256()
+    for name, group in sorted(tensors.items()):
+        for k, v in sorted(group.items()): h.update(f'{name} {k} {v.dtype} {tuple(v.shape)}'.encode() + v.contiguous().numpy().tobytes())
+    h.update(repr([c['lrs'], c['plateau'], c['best_loss'], c['best_epoch'], [{k: v for k, v in r.items() if k != 'seconds'} for r in c['history']]]).encode())
+    return h.hexdigest()
+
+def whole_history(out, epochs):
+    lines = read_lines(out/'history.jsonl')
+    return [r['epoch'] for r in lines] == list(range(1, epochs + 1)) and lines == load(out/'checkpoint')[1]['history']
+
+@pytest.fixture(scope='module')
+def through(tmp_path_factory):
+    "A run that nothing interrupted"
+    out = tmp_path_factory.mktemp('through')
+    fit(out)
+    return out
+
+# ---- suites 4, 11, 12: real kills in real processes
+
+script = textwrap.dedent('''
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import test_trainer as t
+    from cryptoml import state, trainer
+    out, where, n = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    count = 0
+    def deadly(name, f):
+        def g(*args, **kw):
+            global count
+            if name == where:
+                count += 1
+                if count == n: os.kill(os.getpid(), signal.SIGKILL)
+            return f(*args, **kw)
+        return g
+    state.os.fsync = deadly('fsync', os.fsync)
+    trainer.append_line = deadly('append', trainer.append_line)
+    t.torch.set_num_threads(1)
+    tr = trainer.UltimateTrainer(t.network(n), t.config(), out, 'cpu')   # each process starts from other weights
+    tr.fit(t.batches, deadly('loss', t.loss), deadly('validate', t.validate))
+    print('bits', t.bits(out))
+''')
+
+def process(out, where='nowhere', n=0):
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-c', script, os.path.dirname(__file__), str(out), where, str(n)], capture_output=True, text=True, env=env, timeout=120)
+
+@pytest.fixture(scope='module')
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def test_killed_again_and_again(tmp_path, one_thread):
+    fit(tmp_path/'through')
+    expected = bits(tmp_path/'through')
+    with pytest.raises(KeyboardInterrupt):   # the weights to start from are on disk before the first step
+        UltimateTrainer(network(), config(), tmp_path/'killed', 'cpu').fit(batches, interrupt, validate)
+    for where, n in (('loss', 3), ('append', 2), ('validate', 2), ('fsync', 9), ('loss', 7)):
+        r = process(tmp_path/'killed', where, n)
+        assert r.returncode == -signal.SIGKILL, r.stderr
+    r = process(tmp_path/'killed')
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.split()[-1] == expected == bits(tmp_path/'killed')
+    assert whole_history(tmp_path/'killed', 6)
+    assert process(tmp_path/'killed').stdout.split() == ['bits', expected]   # finished: nothing is trained again
+
+def interrupt(m, batch): raise KeyboardInterrupt
+
+# ---- suite 12 within one process
+
+@pytest.mark.parametrize('stop', range(1, 24, 3))
+def test_interrupted_anywhere(through, tmp_path, stop):
+    calls = 0
+    def sometimes(m, batch):
+        nonlocal calls
+        if (calls := calls + 1) == stop: raise KeyboardInterrupt
+        return loss(m, batch)
+    t = UltimateTrainer(network(), config(), tmp_path, 'cpu')
+    with pytest.raises(KeyboardInterrupt): t.fit(batches, sometimes, validate)
+    t.fit(batches, loss, validate)                     # the same object, its weights half an epoch on
+    assert bits(tmp_path) == bits(through) and whole_history(tmp_path, 6)
+
+def test_more_epochs(through, tmp_path):
+    fit(tmp_path, epochs=2)
+    fit(tmp_path, epochs=5)
+    h, _ = fit(tmp_path, epochs=6)
+    a, b = load(tmp_path/'checkpoint'), load(through/'checkpoint')
+    assert all(torch.equal(v, b[0][g][k]) for g in b[0] for k, v in a[0][g].items())
+    assert whole_history(tmp_path, 6) and len(h) == 6
+    assert len(fit(tmp_path, epochs=3)[0]) == 6        # fewer: the run is as it is
+
+def test_same_seed_same_bits(through, tmp_path):
+    torch.rand(7)                                      # what was drawn before does not matter
+    assert bits(through) == (fit(tmp_path/'a'), bits(tmp_path/'a'))[1]
+    assert bits(through) != (fit(tmp_path/'b', seed=1), bits(tmp_path/'b'))[1]
+
+def test_random_state_is_left_alone(tmp_path):
+    model = network()
+    torch.manual_seed(5); expected = torch.rand(3)
+    torch.manual_seed(5); fit(tmp_path, model)
+    assert torch.equal(torch.rand(3), expected)
+
+def test_batches_and_noise_depend_on_seed_and_epoch(tmp_path):
+    seen = collections.defaultdict(list)
+    def record(epoch, generator):
+        seen[epoch].append(torch.rand(3, generator=generator).tolist())
+        return batches(epoch, generator)
+    for out, seed in (('a', 0), ('b', 0), ('c', 1)): UltimateTrainer(network(), config(epochs=2, seed=seed), tmp_path/out, 'cpu').fit(record, loss, validate)
+    for e in (1, 2): assert seen[e][0] == seen[e][1] != seen[e][2]
+    assert seen[1][0] != seen[2][0]
+
+# ---- suite 5: a damaged checkpoint
+
+def test_damaged_newest_generation(through, tmp_path):
+    fit(tmp_path, epochs=4)
+    path = generations(tmp_path/'checkpoint')[-1]/'optimizer.safetensors'
+    data = bytearray(path.read_bytes()); data[-1] ^= 4; path.write_bytes(data)
+    with pytest.warns(UserWarning, match='was loaded instead'): fit(tmp_path)
+    assert bits(tmp_path) == bits(through) and whole_history(tmp_path, 6)
+
+def test_no_whole_generation(tmp_path):
+    fit(tmp_path, epochs=1)
+    for g in generations(tmp_path/'checkpoint'): (g/'model.safetensors').write_bytes(b'')
+    with pytest.raises(RuntimeError, match='no whole generation'): fit(tmp_path)
+
+def test_torn_history(through, tmp_path):
+    fit(tmp_path, epochs=3)
+    text = (tmp_path/'history.jsonl').read_text()
+    (tmp_path/'history.jsonl').write_text(text + text[:-30])
+    fit(tmp_path)
+    assert whole_history(tmp_path, 6) and bits(tmp_path) == bits(through)
+
+# ---- other runs, other trainers
+
+@pytest.mark.parametrize('kw, says', [(dict(seed=3), 'seed=0 there and 3 now'), (dict(lr=0.02, clip=2.), 'lr=0.01 there and 0.02 now; clip=1.0 there and 2.0 now'), (dict(amp=True), 'amp=False')])
+def test_other_settings(through, kw, says):
+    before = bits(through)
+    with pytest.raises(TrainerError, match=says): fit(through, **kw)
+    assert bits(through) == before
+
+def test_other_model(through):
+    with pytest.raises(TrainerError, match=r'tensors of the model, first 0.weight: \[16, 4\] float32 there and \[17, 4\] float32 now'): fit(through, network(width=17))
+    with pytest.raises(TrainerError, match='first 0.weight: .* now'): fit(through, network().double())
+    with pytest.raises(TrainerError, match='absent'): fit(through, nn.Sequential(network(), nn.Linear(2, 2)))
+
+def test_two_trainers_on_one_folder(tmp_path):
+    def second(m):
+        with pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): fit(tmp_path)
+        return validate(m)
+    with lock(tmp_path):                               # who owns the folder for a job may train in it
+        UltimateTrainer(network(), config(epochs=1), tmp_path, 'cpu').fit(batches, loss, second)
+    fit(tmp_path, epochs=1)                            # released
+
+# ---- what the loop decides
+
+def scripted(losses):
+    it = iter(losses)
+    return lambda m: dict(loss=next(it), score=1.5)
+
+def test_early_stop_and_best_weights(tmp_path):
+    kept = []
+    def remember(m):
+        kept.append({k: v.clone() for k, v in m.state_dict().items()})
+        return dict(loss=[5, 3, 4, 2, 2, 2.5, 9, 1][len(kept) - 1])
+    t = UltimateTrainer(network(), config(epochs=20, patience=3), tmp_path, 'cpu')
+    h = t.fit(batches, loss, remember)
+    assert h.valid_loss.tolist() == [5, 3, 4, 2, 2, 2.5, 9]    # stopped three epochs after the best
+    assert all(torch.equal(v, kept[3][k]) for k, v in t.model.state_dict().items()) and not t.model.training
+
+def test_validation_is_an_evaluation(tmp_path):
+    "Dropout off, no gradients; and back to training for the next epoch"
+    modes = []
+    def look(m, b): modes.append(m.training); return loss(m, b)
+    def validated(m): modes.append((m.training, torch.is_grad_enabled())); return validate(m)
+    UltimateTrainer(network(), config(epochs=2), tmp_path, 'cpu').fit(batches, look, validated)
+    assert modes == [True] * 4 + [(False, False)] + [True] * 4 + [(False, False)]
+
+def test_learning_rate_floor(tmp_path):
+    t = UltimateTrainer(network(), config(epochs=12, lr=0.01, lr_factor=0.1, min_lr=1e-5), tmp_path, 'cpu')
+    h = t.fit(batches, loss, scripted([1.] * 12))
+    assert h.lr.tolist() == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4] + [1e-5] * 8)
+
+def test_validation_not_finite(tmp_path):
+    t = UltimateTrainer(network(), config(epochs=4), tmp_path/'a', 'cpu')
+    h = t.fit(batches, loss, scripted([math.nan, 2., math.inf, 3.]))
+    assert h.valid_loss.tolist()[1::2] == [2, 3] and load(tmp_path/'a'/'checkpoint')[1]['best_epoch'] == 2
+    again = UltimateTrainer(network(), config(epochs=4), tmp_path/'a', 'cpu').fit(None, None, None)
+    assert again.valid_loss.isna().tolist() == [True, False, True, False] and again.valid_loss.dtype == float   # in JSON they are null
+    with pytest.raises(TrainerError, match='none of 2 epochs'): UltimateTrainer(network(), config(epochs=2), tmp_path/'b', 'cpu').fit(batches, loss, scripted([math.nan] * 2))
+    with pytest.raises(TrainerError, match='none of 2 epochs'): UltimateTrainer(network(), config(epochs=2), tmp_path/'b', 'cpu').fit(batches, loss, validate)
+
+def test_resume_before_any_best(tmp_path):
+    "An infinite best loss survives JSON"
+    with pytest.raises(StopIteration): UltimateTrainer(network(), config(epochs=3), tmp_path, 'cpu').fit(batches, loss, scripted([math.nan]))
+    h = UltimateTrainer(network(), config(epochs=3), tmp_path, 'cpu').fit(batches, loss, scripted([1e30, 2.]))
+    assert len(h) == 3 and load(tmp_path/'checkpoint')[1]['best_loss'] == 2
+
+def test_bad_batches(tmp_path):
+    def some(epoch, generator):
+        for i, b in enumerate(batches(epoch, generator)): yield b | dict(x=b['x'] * math.nan) if i == 1 else b
+    h = UltimateTrainer(nn.Linear(4, 2), config(epochs=2), tmp_path/'a', 'cpu').fit(some, loss, validate)
+    assert h.skipped.tolist() == [1, 1] and h.train_loss.notna().all()
+    def all_of_them(epoch, generator): return (b | dict(x=b['x'] * (math.nan if epoch == 3 else 1)) for _ in range(3) for b in batches(epoch, generator))
+    t = UltimateTrainer(nn.Linear(4, 2), config(), tmp_path/'b', 'cpu')
+    with pytest.raises(TrainerError, match='not finite in 5 batches in a row, after 0 good steps .loss nan'): t.fit(all_of_them, loss, validate)
+    assert len(load(tmp_path/'b'/'checkpoint')[1]['history']) == 2   # the epochs before are kept
+
+def test_an_infinite_gradient_is_skipped():
+    m = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(m.weight)
+    r = train_epoch(m, [torch.zeros(1, 1), torch.ones(1, 1)], lambda m, x: (m(x) + x).sqrt().sum(), torch.optim.SGD(m.parameters(), lr=0.1))
+    assert r['skipped'] == 1 and torch.isfinite(m.weight).all()      # the slope of a root at 0: a finite loss, a gradient that is not
+
+def test_bad_callbacks(tmp_path):
+    with pytest.raises(TrainerError, match="must return 'loss', got \\['mse'\\]"): UltimateTrainer(network(), config(), tmp_path/'a', 'cpu').fit(batches, loss, lambda m: dict(mse=1.))
+    with pytest.raises(TrainerError, match='had no batches'): UltimateTrainer(network(), config(), tmp_path/'b', 'cpu').fit(lambda e, g: [], loss, validate)
+    with pytest.raises(TrainerError, match=r'got Tensor \(16, 2\)'): UltimateTrainer(network(), config(), tmp_path/'c', 'cpu').fit(batches, lambda m, b: m(b['x']), validate)
+    with pytest.raises(TrainerError, match='with a gradient'): UltimateTrainer(network(), config(), tmp_path/'d', 'cpu').fit(batches, lambda m, b: loss(m, b).detach(), validate)
+
+def test_parts_and_the_printed_line(tmp_path, capsys):
+    def with_parts(m, b):
+        v = loss(m, b)
+        return v, dict(double=2 * v, one=1)
+    h = UltimateTrainer(network(), config(epochs=2), tmp_path, 'cpu').fit(batches, with_parts, scripted([3., 4.]))
+    assert h.train_double.tolist() == pytest.approx((2 * h.train_loss).tolist()) and h.train_one.tolist() == [1, 1]
+    assert list(h) == ['epoch', 'train_double', 'train_one', 'train_loss', 'valid_loss', 'valid_score', 'lr', 'skipped', 'seconds']
+    out, err = capsys.readouterr()
+    first, second = out.splitlines()
+    assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  score 1.5000  lr 1.0e-02  ' in first and first.endswith('  best') and not second.endswith('best')
+    assert err == ''                                   # no bar where there is no terminal
+
+def test_a_bar_at_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    fit(tmp_path, epochs=1)
+    assert 'epoch 1' in capsys.readouterr().err
+
+def test_frozen_and_one_dimensional_parameters(tmp_path):
+    m = network()
+    m[0].requires_grad_(False)
+    before = m[0].weight.clone()
+    fit(tmp_path/'a', m)
+    assert torch.equal(m[0].weight, before)
+    class Scale(nn.Module):
+        def __init__(self): super().__init__(); self.s = nn.Parameter(torch.zeros(()))
+    s = Scale()
+    UltimateTrainer(s, config(epochs=60, lr=0.1, lr_patience=60), tmp_path/'b', 'cpu').fit(lambda e, g: [0] * 4, lambda m, b: (m.s - 2).square(), lambda m: dict(loss=(m.s - 2).square()))
+    assert s.s.item() == pytest.approx(2, abs=0.05)    # no matrix at all
+
+def test_overfits_one_batch(tmp_path):
+    m = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+    one = dict(x=X[:16], y=torch.arange(16) % 2)       # labels without reason
+    UltimateTrainer(m, config(epochs=40, lr=0.02, lr_patience=9), tmp_path, 'cpu').fit(lambda e, g: [one] * 10, loss, lambda m: dict(loss=loss(m, one)))
+    assert loss(m, one).item() < 0.01
+
+# ---- devices
+
+def test_nested_batches():
+    Pair = collections.namedtuple('Pair', 'a b')
+    meta, t = torch.device('meta'), torch.ones(2)
+    out = to_device(dict(p=Pair(t, [t, (t, 'x')]), n=3), meta)
+    assert isinstance(out['p'], Pair) and out['p'].a.device == out['p'].b[0].device == out['p'].b[1][0].device == meta and out['n'] == 3 and out['p'].b[1][1] == 'x'
+
+def test_devices():
+    assert pick_device('cpu') == torch.device('cpu') and pick_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
+    for bad in ('gpu', 'meta', '', 'cuda:x'):
+        with pytest.raises(TrainerError, match='device must be'): pick_device(bad)
+    with pytest.raises(TrainerError, match='is not there'): pick_device('cuda:64')
+
+def test_autocast():
+    "bfloat16 in the forward pass, float32 in the weights"
+    m, seen = network(), []
+    def look(m, b):
+        out = m(b['x'])
+        seen.append(out.dtype)
+        return F.cross_entropy(out.float(), b['y'])
+    train_epoch(m, batches(1, torch.Generator()), look, torch.optim.SGD(m.parameters(), lr=0.1), amp=True)
+    assert seen == [torch.bfloat16] * 4 and all(p.dtype == p.grad.dtype == torch.float32 for p in m.parameters())
+
+def test_seeds_differ():
+    assert len({epoch_seed(s, e, p) for s in range(20) for e in range(1, 101) for p in ('batches', 'noise')}) == 4000
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('amp', [False, True])
+def test_cuda(tmp_path, amp):
+    m = network()
+    UltimateTrainer(m, config(epochs=3, amp=amp), tmp_path, 'cuda').fit(batches, loss, lambda m: dict(loss=F.cross_entropy(m(X[64:].cuda()), Y[64:].cuda())))
+    h = UltimateTrainer(network(), config(epochs=6, amp=amp), tmp_path, 'cuda').fit(batches, loss, lambda m: dict(loss=F.cross_entropy(m(X[64:].cuda()), Y[64:].cuda())))
+    assert len(h) == 6 and h.train_loss.iloc[-1] < h.train_loss.iloc[0]
