@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'own_columns', 'make_inputs', 'split', 'ForecasterConfig', 'Forecaster', 'make_labels', 'begin', 'train',
-           'forecast', 'save_forecaster', 'load_forecaster']
+           'forecast', 'importance', 'save_forecaster', 'load_forecaster']
 
 # %% ../nbs/36_forecaster.ipynb #f1cdd6ce
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ from .network import Network, NetworkConfig, SIZES
 from .splits import walk_forward
 from .state import StateError, load, save
 from .targets import Targets, path
+from .tft import permutation_importance
 from .trainer import TrainConfig, UltimateTrainer, pick_device
 from .windows import CALENDAR, STATIC, Scaler, Windows, batches, calendar, describe, grid, missing, usable
 
@@ -188,6 +189,23 @@ def forecast(
     out['path'] = out['path'] * (s[:, None] * np.sqrt(k))[..., None]
     count = [x[0] for x in weights]
     return out | dict(importance=np.average([x[1] for x in weights], 0, count), attention=np.average([x[2] for x in weights], 0, count))
+
+# %% ../nbs/36_forecaster.ipynb #b549fcec
+def importance(
+    f: Forecaster,
+    inputs: Inputs,
+    targets: Targets,
+    sample: torch.Tensor,   # Held-out sample numbers
+    most: int = 512,        # Samples used, evenly spread
+) -> pd.Series:             # Rise of the loss in nats by input name, largest first
+    "Permutation importance of each input for direction, relative value and path"
+    w = f.windows(inputs, make_labels(inputs.panel, targets, f.network.config))
+    batch = w.batch(sample[::max(1, len(sample) // most)][:most].to(w.past.device))
+    f.network.eval()
+    def loss(past):
+        parts = f.network.loss(batch | dict(past=past))[1]
+        return sum(parts[k] for k in ('direction', 'relative', 'relative_direction', 'path'))
+    return permutation_importance(loss, batch['past'], f.names + [f'missing {g}' for g in f.groups])
 
 # %% ../nbs/36_forecaster.ipynb #ccd63c16
 def save_forecaster(f: Forecaster, root, **about):
