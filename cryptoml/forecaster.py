@@ -80,8 +80,8 @@ class ForecasterConfig:
     size: str = 'small'           # small, base or large
     round_trip: float = 0.0014    # Cost of a round trip, fraction
     epochs: int = 20              # Most passes over the grid of training samples
-    batch: int = 256              # Windows a step
-    lr: float = 2e-3              # First learning rate
+    batch: int = 64               # Windows a step
+    lr: float = 3e-3              # First learning rate
     every: int = 12               # Bars between two training samples of a coin in an epoch
     seed: int = 0                 # Seed of weights, dropout and order
 

@@ -15,7 +15,7 @@ from .mtl import MultiTaskLearningHead, MultiTaskLoss, quantile_nll
 from .tft import TFTConfig, TemporalFusionTransformer, pinball
 
 # %% ../nbs/24_network.ipynb #cacf1148
-SIZES = dict(small=dict(d_model=16, n_heads=4, lookback=48),
+SIZES = dict(small=dict(d_model=16, n_heads=4, lookback=24),
              base=dict(d_model=56, n_heads=4, lookback=96),
              large=dict(d_model=128, n_heads=8, lookback=168))
 
