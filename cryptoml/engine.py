@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARS', 'DRIVER', 'REFRESH', 'log', 'BUSY', 'WALK', 'Family', 'spread', 'family', 'ordered', 'chained', 'text_of',
-           'with_names', 'places', 'driver', 'cache_dir', 'key_of', 'execute', 'alone', 'load', 'attempt', 'call',
+           'with_names', 'places', 'driver', 'cache_dir', 'key_of', 'execute', 'alone', 'attempt', 'load', 'call',
            'usable', 'walk', 'text_and_scope', 'compiled', 'layout', 'table', 'run_plain', 'memory', 'to_bytes',
            'from_bytes', 'Engine', 'run_engine', 'run_plains']
 
@@ -72,6 +72,7 @@ def family(
         names, k = out.split(), args.index('W')
         of = lambda v: [v(p) if callable(v) else v for p in windows]
         flat = [p if isinstance(p, tuple) else (p,) for p in windows]
+        if 'r' in args and min(p[-1] for p in flat) < 1: raise TypeError(f'{step.__name__} asks for r, which counts windows: declare windows of at least one bar')
         doc = dict(first=first, settle=first if settle is None else settle, formula=formula, unit=unit, source=source, scale_free=scale_free, feature=feature)
         made = [o.format(*p, p='_'.join(map(str, p))) for p in flat for o in names]
         name = step.__name__ if step.__name__.isidentifier() else re.sub(r'\W', '_', f'step_{made[0]}')
@@ -139,7 +140,7 @@ DRIVER = '''import math
 import numpy as np
 from numba import njit, cfunc, types, carray
 {source}
-step = njit(error_model='numpy')({name})
+step = njit(error_model='numpy', forceinline=True)({name})            # twice as fast as a call that hands over its arrays
 @cfunc(types.void(types.CPointer(types.float64), types.CPointer(types.int64), types.int64, types.int64), error_model='numpy', cache=True)
 def run(Mp, ap, t0, t1):
     M = carray(Mp, (1 << 40,)); a = carray(ap, (1 << 20,))
@@ -200,10 +201,10 @@ log = logging.getLogger('cryptoml')
 def cache_dir() -> Path | None:
     "A folder of the user's own (mode 0700) for compiled code, or None"
     me = str(os.getuid()) if hasattr(os, 'getuid') else getpass.getuser()
-    for place in (os.environ.get('CRYPTOML_CACHE'), os.environ.get('XDG_CACHE_HOME'), os.environ.get('LOCALAPPDATA'), '~/.cache', tempfile.gettempdir()):
+    for place in (*map(os.environ.get, ('CRYPTOML_CACHE', 'XDG_CACHE_HOME', 'LOCALAPPDATA')), '~/.cache', tempfile.gettempdir):
         if not place: continue
         try:
-            d = Path(place).expanduser() / f'cryptoml-{me}'
+            d = Path(place() if callable(place) else place).expanduser() / f'cryptoml-{me}'
             d.mkdir(mode=0o700, parents=True, exist_ok=True)
             info = os.lstat(d)
             if not stat.S_ISDIR(info.st_mode) or hasattr(os, 'getuid') and info.st_uid != os.getuid(): continue   # a link, or someone else's
@@ -262,24 +263,13 @@ def alone(
                 fcntl.flock(f, fcntl.LOCK_EX)
                 yield
 
-def load(
-    texts: dict,  # Name -> (text, scope)
-) -> dict:        # Name -> module, or the error that numba gave
-    "Compile or fetch generated modules; a progress bar where there is much to compile"
-    folder, found = cache_dir(), {}
-    if folder is None: log.warning('no folder can be written for compiled code: features are compiled again in each process (set CRYPTOML_CACHE)')
-    keys = {name: key_of(name, text) for name, (text, scope) in texts.items()}
-    warm = lambda name: not texts[name][1] and (keys[name] in sys.modules or folder is not None and (folder / f'{keys[name]}.ok').exists())
-    cold = [name for name in texts if not warm(name)]
-    with alone(folder) if cold else BUSY:
-        cold = [name for name in cold if not warm(name)]
-        screen = sys.stderr.isatty()
-        if len(cold) > 2 and not screen: log.warning(f'compiling {len(cold)} steps, once (about {0.7 * len(cold):.0f} s)')
-        for name in tqdm(sorted(texts, key=lambda n: n not in cold), desc='compiling features, once', leave=False, disable=len(cold) < 3 or not screen):
-            found[name] = sys.modules.get(keys[name]) if not texts[name][1] and keys[name] in sys.modules else attempt(keys[name], *texts[name], folder)
-    return found
-
-def attempt(key, text, scope, folder):
+# %% ../nbs/10_engine.ipynb #404889dc
+def attempt(
+    key: str,             # Module name
+    text: str,            # Its text
+    scope: dict,          # Names to define first; if any, nothing is cached
+    folder: Path | None,  # Cache folder
+):                        # Module, or the error
     "One module; a cache entry that cannot be read is removed and made again; a step that numba refuses gives its error"
     if scope: folder = None
     for last in (False, True):
@@ -288,6 +278,24 @@ def attempt(key, text, scope, folder):
         except Exception as e:
             if last or folder is None: return e
             for old in [*folder.glob(f'{key}.*'), *folder.glob(f'__pycache__/{key}.*')]: old.unlink(missing_ok=True)
+
+# %% ../nbs/10_engine.ipynb #df499b17
+def load(
+    texts: dict,  # Name -> (text, scope)
+) -> dict:        # Name -> module, or the error that numba gave
+    "Compile or fetch generated modules; a progress bar where there is much to compile"
+    folder, found = cache_dir(), {}
+    keys = {name: key_of(name, text) for name, (text, scope) in texts.items()}
+    warm = lambda name: not texts[name][1] and (keys[name] in sys.modules or folder is not None and (folder / f'{keys[name]}.ok').exists())
+    cold = [name for name in texts if not warm(name)]
+    if folder is None and cold: log.warning('no folder can be written for compiled code: features are compiled again in each process (set CRYPTOML_CACHE)')
+    with alone(folder) if cold else BUSY:
+        cold = [name for name in cold if not warm(name)]
+        screen = sys.stderr.isatty()
+        if len(cold) > 2 and not screen: log.warning(f'compiling {len(cold)} steps, once (about {0.7 * len(cold):.0f} s)')
+        for name in tqdm(sorted(texts, key=lambda n: n not in cold), desc='compiling features, once', leave=False, disable=len(cold) < 3 or not screen):
+            found[name] = sys.modules.get(keys[name]) if not texts[name][1] and keys[name] in sys.modules else attempt(keys[name], *texts[name], folder)
+    return found
 
 # %% ../nbs/10_engine.ipynb #e177836e
 def call(ctx, addr, M, A, k, t0, t1):
@@ -474,9 +482,8 @@ def from_bytes(
 ) -> np.ndarray:    # Memory of a symbol
     "A memory back; ValueError if it was written by other families or is damaged"
     if kept[:32] != digest: raise ValueError('this state was written with other features, windows or settings: start the stream anew and feed it its last bars')
-    M = np.frombuffer(kept[64:]).copy()
-    if hashlib.sha256(M).digest() != kept[32:64]: raise ValueError('this state is damaged: its digest does not fit its content')
-    return M
+    if hashlib.sha256(kept[64:]).digest() != kept[32:64]: raise ValueError('this state is damaged: its digest does not fit its content')
+    return np.frombuffer(kept[64:]).copy()
 
 # %% ../nbs/10_engine.ipynb #790073b3
 class Engine:
@@ -511,8 +518,9 @@ class Engine:
         "`run_engine` with this engine"
         return run_engine(self, X, number, M, Y, y0)
 
-    def state_bytes(self, M): return to_bytes(M, self.digest)
-    def restore(self, kept): return from_bytes(kept, self.digest)
+    def state_bytes(self, M: np.ndarray) -> bytes: return to_bytes(M, self.digest)
+
+    def restore(self, kept: bytes) -> np.ndarray: return from_bytes(kept, self.digest)
 
 # %% ../nbs/10_engine.ipynb #cefb44a6
 def run_engine(
@@ -535,7 +543,15 @@ def run_engine(
     if own and Y is not None: Y[:, y0:y0 + len(X)] = Z[:len(e.columns)]
     return Z[:len(e.columns)] if Y is None else Y
 
-def run_plains(e, M, X, number, Z, ok, last):
+def run_plains(
+    e: Engine,           # Engine
+    M: np.ndarray,       # Memory of the symbol (changed)
+    X: np.ndarray,       # Bars [bars, inputs]
+    number: np.ndarray,  # Absolute bar numbers [bars]
+    Z: np.ndarray,       # Columns of the compiled steps [given, bars]; those of the plain ones are filled
+    ok: np.ndarray,      # Bars that can be used [bars]
+    last: int,           # Number of the bar before, -1: none
+):
     "The plain steps of an engine, on the columns of the compiled ones"
     column = {c: X[ok, j] for j, c in enumerate(e.inputs)}
     for f in e.plain:

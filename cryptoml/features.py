@@ -97,9 +97,16 @@ def epoch_us(
     "A moment as a number"
     return when.value // 1000 if isinstance(when, pd.Timestamp) else int(to_utc([when]).asi8[0])
 
+# %% ../nbs/17_features.ipynb #8514dad0
 class FeatureStream:
     "Features of one symbol, bar by bar"
-    def __init__(self, engine, columns, symbol, timeframe):
+    def __init__(
+        self,
+        engine: Engine,  # Engine with a small block
+        columns: list,   # Names of the features
+        symbol: str,     # 'BTC/USDT'
+        timeframe,       # '1h', or a Timedelta
+    ):
         self._engine, self.columns, self.symbol, self.timeframe = engine, columns, normalise_symbol(symbol), parse_timeframe(timeframe)
         self._us, self._M, self._X = self.timeframe // pd.Timedelta(1, 'us'), engine.memory(), np.empty((1, len(BARS)))
         self._digest = hashlib.sha256(engine.digest + f'{self.symbol} {self._us}'.encode()).digest()
@@ -130,7 +137,12 @@ class FeatureStream:
 # %% ../nbs/17_features.ipynb #6a61d240
 class PanelStream:
     "Features of many symbols, one bar time at a time"
-    def __init__(self, streams): self.streams, self.symbols, self.columns = streams, list(streams), next(iter(streams.values())).columns
+    def __init__(
+        self,
+        streams: dict,  # Symbol -> FeatureStream
+    ):
+        if not streams: raise ValueError('a panel stream needs at least one symbol')
+        self.streams, self.symbols, self.columns = streams, list(streams), next(iter(streams.values())).columns
 
     def update(
         self,
@@ -190,7 +202,7 @@ class AdvancedFeatureEngineer:
     def catalogue(self) -> pd.DataFrame: return catalogue(self.families)
 
     def transform(self, bars, timeframe=None, **sources) -> pd.DataFrame:
-        "`transform` with these features"
+        "Features of bars, one row a bar: see `transform`"
         return transform(self, bars, timeframe, **sources)
 
     def transform_panel(self, panel: Panel, **sources) -> np.ndarray:

@@ -297,7 +297,9 @@ def summary(
         gains = gain_table(rows)
         if len(clear := gains[gains.clear != '']): text.append(clear.to_string(index=False, float_format='{:.3f}'.format))
     verdict = metrics.get('verdict')
-    if isinstance(verdict, dict): verdict = verdict.get('text') or ', '.join(f'{k} {v}' for k, v in verdict.items())
+    if isinstance(verdict, dict):
+        from cryptoml.verdict import Verdict
+        verdict = Verdict(**verdict)
     if verdict: text.append(str(verdict))
     report = out/'report.html'
     return '\n\n'.join([*text, f'report: {report}' if report.exists() else f'run: {out}'])

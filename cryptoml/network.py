@@ -29,7 +29,7 @@ class NetworkConfig:
     lookback: int                  # Bars of the past
     d_model: int                   # Width
     n_heads: int                   # Attention heads
-    dropout: float = 0.1           # Dropout of the TFT
+    dropout: float = 0.2           # Dropout of the TFT
     quantiles: tuple[float, ...] = (.05, .25, .5, .75, .95)   # Levels of path and volatility
     round_trip: float = 0.0014     # Cost of a round trip, fraction
 
@@ -73,7 +73,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def score(self, batches) -> dict[str, float]:
-        "Mean loss of batches without dropout, its parts, and what share of directions and relative directions is right"
+        "Selection loss, its parts, nats, all without dropout, and what share of directions and relative directions is right"
         return score(self, batches)
 
 # %% ../nbs/24_network.ipynb #2ebcc763
@@ -88,7 +88,7 @@ def score(network: Network, batches) -> dict[str, float]:
     network.eval(); totals, n = {}, 0
     for b in batches:
         out = network(b); loss, parts = total_loss(network, out, b)
-        parts = parts | dict(loss=loss, accuracy=right(out['direction'].argmax(-1), b['direction']),
+        parts = parts | dict(loss=sum(v for k, v in parts.items() if k != 'regime'), nats=loss, accuracy=right(out['direction'].argmax(-1), b['direction']),
                              relative_accuracy=right((out['relative_direction'] > 0).long(), b['relative_direction']))
         for k, v in parts.items(): totals[k] = totals.get(k, 0.) + float(v) * len(b['past'])
         n += len(b['past'])

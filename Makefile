@@ -1,0 +1,41 @@
+# make demo | test | docs | bench | lab | notebooks | clean. Every target sets up .venv first if need be.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch comes first and pinned: an open requirement may bring gigabytes of CUDA to a machine without a GPU.
+# Where the pinned wheel is a CUDA build and you want the CPU one, name an index that has it in PIP_EXTRA_INDEX_URL.
+
+.PHONY: demo test docs bench lab notebooks clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.ready
+	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \
+	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
+
+test: export OMP_NUM_THREADS ?= 2
+test: .venv/.ready
+	@$(BIN)/python -m pytest -q tests $(ARGS)
+
+docs: .venv/.ready
+	@$(BIN)/python -m cryptoml.docs
+
+bench: .venv/.ready
+	@for b in bench/*.py; do [ ! -e "$$b" ] || $(BIN)/python "$$b" || exit 1; done
+
+lab: .venv/.ready
+	@$(BIN)/jupyter lab nbs
+
+notebooks: .venv/.ready
+	@. $(BIN)/activate && nbdev_export && for n in nbs/index.ipynb nbs/[0-9]*.ipynb; do echo "$$n"; jupyter execute --inplace "$$n" || exit 1; done && nbdev_clean
+
+clean:
+	rm -rf _docs _proc _sphinx build dist *.egg-info .pytest_cache .hypothesis tests/.pytest_cache
+	find cryptoml tests nbs -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.ready: settings.ini constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cryptoml needs Python 3.11 or newer; make PYTHON=python3.12 names another one" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	@echo "installing what cryptoml needs into .venv (some minutes, once)"
+	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev]'
+	@touch $@
