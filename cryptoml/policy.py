@@ -133,8 +133,7 @@ class Policy:
         state: PolicyState,    # With the weights held now
         score,                 # Forecast strength [N], about 1 in size; NaN = none
         sigma,                 # Volatility per bar [N]
-        beta=None,             # Market betas [N]
-        tradable=None,         # Whether the coin can be traded [N]
+        beta=None, tradable=None,   # Market betas [N], whether a coin can be traded [N]
         equity: float = 1.,    # Value of the account now
     ) -> tuple:                # Target weights [N], NaN = keep, and the state after the decision
         "One decision"
@@ -143,8 +142,7 @@ class Policy:
     def positions(self,
         score, sigma,          # [N, T]
         beta=None, mask=None,  # [N, T]
-        price=None,            # Closes [N, T]: weights drift with them, equity follows
-        decide=None,           # Bars at which to decide [T]; default every `every`-th from the first
+        price=None, decide=None,   # Closes [N, T] (weights drift with them), bars to decide at [T] (default every `every`-th)
     ) -> np.ndarray:           # Target weights [N, T], NaN between decisions: the targets of `backtest`
         "Decisions over history from an empty account"
         return _positions(self, score, sigma, beta, mask, price, decide)
