@@ -29,7 +29,7 @@ class NetworkConfig:
     lookback: int                  # Bars of the past
     d_model: int                   # Width
     n_heads: int                   # Attention heads
-    dropout: float = 0.2           # Dropout of the TFT
+    dropout: float = 0.1           # Dropout of the TFT
     quantiles: tuple[float, ...] = (.05, .25, .5, .75, .95)   # Levels of path and volatility
     round_trip: float = 0.0014     # Cost of a round trip, fraction
 
