@@ -174,7 +174,7 @@ def _decide(policy, state, score, sigma, beta, tradable, equity):
 
     out = tradable & ((silent > policy.patience) | (k == 0))
     stay = ~out & ~(known & tradable)
-    n = int((known & tradable).sum() + (held[stay] != 0).sum())
+    n = int((known & tradable).sum() + (np.abs(held[stay]) > 1e-9).sum())   # rounding dust is no position
     w = np.where(out, 0., _wanted(policy, np.where(known & tradable, score, np.nan), sigma, beta, n))
     kept = np.abs(held[stay]).sum()
     w = k * limit(w, policy.max_weight, policy.max_gross, kept)
