@@ -25,6 +25,7 @@ def forked(f):
     "Run f in a child and return its pid; the child never returns into pytest"
     pid = os.fork()
     if pid: return pid
+    torch.set_num_threads(1)   # torch's threads of the parent do not exist here, and waiting for them never ends
     try: code = f() or 0
     except BaseException as e: print(repr(e), flush=True); code = 1
     finally: os._exit(code)
