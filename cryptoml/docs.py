@@ -217,7 +217,7 @@ def sphinx(
     tmp = proc.parent/'_sphinx'; shutil.rmtree(tmp, ignore_errors=True)
     (tmp/'src'/'_static').mkdir(parents=True); (tmp/'src'/'_static'/'site.css').write_text(CSS)
     stage(proc, tmp/'src', web)
-    app = Sphinx(tmp/'src', None, tmp/'html', tmp/'tree', 'html', status=None, warningiserror=True, exception_on_warning=False, confoverrides=dict(
+    app = Sphinx(tmp/'src', None, tmp/'html', tmp/'tree', 'html', status=None, warningiserror=True, exception_on_warning=False, warning=sys.stderr, confoverrides=dict(
         project=web['title'], html_title=web['title'], html_theme='furo', html_baseurl=web['site-url'], language='en', extensions=['myst_nb', 'sphinx.ext.mathjax'],
         nb_execution_mode='off', myst_enable_extensions=['dollarmath', 'amsmath', 'colon_fence', 'deflist'], myst_heading_anchors=4,
         numfig=True, html_static_path=['_static'], html_css_files=['site.css'], html_copy_source=False, html_show_copyright=False, html_show_sourcelink=False, suppress_warnings=['myst.header']))
