@@ -70,6 +70,9 @@ def split(
     test = min(pd.Timedelta('182D'), span / 5) if test is None else pd.Timedelta(test)
     fold = walk_forward(panel.time + panel.timeframe, targets.known, test=test, valid=test / 2, min_train=span / 4,
                         embargo=targets.horizons[-1] * panel.timeframe, n_folds=1)[0]
+    days = (panel.time[fold.test[-1]] - panel.time[fold.test[0]]) / pd.Timedelta('1D')
+    if len(fold.train) < 500 or days < 20:
+        raise DataError(f'history too short: {panel.time[0]:%Y-%m-%d} to {panel.time[-1]:%Y-%m-%d} leaves {len(fold.train)} training bars and {days:.0f} days of test; at least 500 bars and 20 days are needed')
     return {part: np.isin(np.arange(len(panel.time)), getattr(fold, part)) for part in ('train', 'valid', 'test')}
 
 # %% ../nbs/36_forecaster.ipynb #38ed032b

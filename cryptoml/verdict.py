@@ -243,6 +243,7 @@ def class_baselines(f: Forecaster, inputs: Inputs, targets: Targets, train: np.n
         out = dict(majority=np.tile(majority(y, classes), (len(test), 1)))
         past = dict(direction=moved[:, j], regime=state).get(target)
         if past is not None: out['persistence'] = persistence(past[train], y, classes)[past[test]]
+        if not (y >= 0).any(): return out                      # fewer than three coins have no median to be above
         return out | dict(logistic=Logistic.fit(x, y, classes, l2=1e-2)(x_test))
     return make
 

@@ -20,7 +20,7 @@ def run(out, **parameters):
 def bars(tmp_path_factory):
     "Bars as another program would write them: BTCUSDT, a column called timestamp"
     path = tmp_path_factory.mktemp('data')/'bars.parquet'
-    d = simulate(n_symbols=3, n_bars=1500, seed=4).bars.rename(columns=dict(time='timestamp'))
+    d = simulate(n_symbols=3, n_bars=2800, seed=4).bars.rename(columns=dict(time='timestamp'))
     d.assign(symbol=d.symbol.str.replace('/', '')).to_parquet(path)
     return path
 
