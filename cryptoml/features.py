@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'SOURCES', 'wanted', 'with_needed', 'reached', 'catalogue
            'epoch_us', 'FeatureStream', 'PanelStream', 'run_symbols', 'AdvancedFeatureEngineer', 'transform']
 
 # %% ../nbs/17_features.ipynb #c3e0e995
-import datetime, hashlib, os
+import hashlib, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 import numpy as np, pandas as pd
@@ -66,8 +66,9 @@ SOURCES = ('onchain', 'orderbook', 'trades', 'cross_exchange', 'funding', 'senti
 def check_sources(
     sources: dict,  # Keywords as given
 ):
-    "Refuse a source that does not exist (technical features read bars alone and use none)"
+    "Refuse a source that does not exist, and say so where one is given that no family reads (technical features read bars alone)"
     if lost := sorted(set(sources) - set(SOURCES)): raise TypeError(f'unknown source {", ".join(lost)}: there are {", ".join(SOURCES)}')
+    if given := [k for k, v in sources.items() if v is not None]: warnings.warn(f'{", ".join(given)}: no family reads this source, it is not used', stacklevel=3)
 
 def bar_array(
     columns: dict,       # Columns of the bars of one symbol [bars] each
@@ -195,7 +196,6 @@ class AdvancedFeatureEngineer:
 
     @cached_property
     def _batch(self): return Engine(self._steps, self.columns)
-
     @cached_property
     def _live(self): return Engine(self._steps, self.columns, block=16)
 

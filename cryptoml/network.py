@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from .mtl import MultiTaskLearningHead, MultiTaskLoss, quantile_nll
 from .tft import TFTConfig, TemporalFusionTransformer, pinball
 
