@@ -63,12 +63,12 @@ class Network(nn.Module):
         return total_loss(self, self(batch), batch)
 
     def read(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        "Probabilities, quantiles and sizes; mean selection weights of the past inputs [F] and mean attention [K, L + K]"
+        "Probabilities, quantiles and sizes; of each sample the mean selection weights of the past inputs [B, F] and the attention [B, K, L + K]"
         seen = self.tft(batch['past'], batch['future'], batch['static'])
         out = self.outputs(seen)
         above = out['relative_direction'].sigmoid()
         out |= dict(direction=out['direction'].softmax(-1), regime=out['regime'].softmax(-1), relative_direction=torch.stack([1 - above, above], -1))
-        return out, (seen.past_weights.mean((0, 1)), seen.attention.mean(0))
+        return out, (seen.past_weights.mean(1), seen.attention)
 
     @torch.no_grad()
     def score(self, batches) -> dict[str, float]:

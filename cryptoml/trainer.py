@@ -220,8 +220,7 @@ def _epoch(
     end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)
     run.add(dict(epoch=epoch) | {f'train_{k}': v for k, v in train.items()} | {f'valid_{k}': v for k, v in valid.items()} | end)
     run.save()
-    print(f"epoch {epoch:3d}  train {train['loss']:.4f}  valid {valid.pop('loss'):.4f}" + ''.join(f'  {k} {v:.4f}' for k, v in valid.items())
-          + f"  lr {lr:.1e}  {end['seconds']:.1f} s" + '  best' * (run.best_epoch == epoch), flush=True)
+    print(f"epoch {epoch:3d}  train {train['loss']:.4f}  valid {valid['loss']:.4f}  lr {lr:.1e}  {end['seconds']:.1f} s" + '  best' * (run.best_epoch == epoch), flush=True)
 
 # %% ../nbs/30_trainer.ipynb #eaa24623
 class UltimateTrainer:

@@ -71,7 +71,7 @@ def calendar(
 
 # %% ../nbs/19_windows.ipynb #937820e9
 STATIC = ('log_volatility', 'log_turnover', 'beta')
-MEMORY = 2160    # Bars that describe a coin
+MEMORY = 720    # Bars that describe a coin
 
 def describe(
     time: pd.DatetimeIndex,   # Bar opens [T], UTC

@@ -112,6 +112,19 @@ def test_jobs_of_the_wheel(site, tmp_path):
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "cryptoml: jobs need papermill: pip install 'cryptoml[jobs]'"
     assert not list(tmp_path.iterdir()), 'a job that cannot run left something behind'
 
+def test_programs_of_the_readme(site, tmp_path):
+    "Each python block of README.md, word for word, in a process of its own, one after the other in one folder"
+    programs = re.findall(r'^```python\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    assert len(programs) == 3 and 'train_sync' in programs[0] and 'asyncio.run' in programs[1]
+    said = []
+    for program in programs:
+        done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', f'import sys, torch; sys.path.insert(0, {str(site)!r}); torch.set_num_threads(1); exec(compile(sys.stdin.read(), "README", "exec"))'],
+                              input=program, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, program + done.stderr[-1500:]
+        said.append(done.stdout.splitlines())
+    assert re.match(r"(PASS|INCONCLUSIVE|FAIL) \{'symbol': 'BTC/USDT', 'action': '(BUY|SELL|HOLD)'", said[0][-1]), said[0][-1]
+    assert len(said[1]) == 24 and said[2][-1].endswith('live equals history: True')
+
 def test_import_of_the_package_is_instant(site, tmp_path):
     code = "import time, sys; sys.path.insert(0, {0!r}); t = time.process_time(); import cryptoml; print(time.process_time() - t); assert 'torch' not in sys.modules"
     took = [float(subprocess.run([sys.executable, '-I', '-c', code.format(str(site))], cwd=tmp_path, capture_output=True, text=True, check=True).stdout) for _ in range(3)]

@@ -261,7 +261,7 @@ def test_parts_and_the_printed_line(tmp_path, capsys):
     assert list(h) == ['epoch', 'train_double', 'train_one', 'train_loss', 'valid_loss', 'valid_score', 'lr', 'skipped', 'seconds']
     out, err = capsys.readouterr()
     first, second = out.splitlines()
-    assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  score 1.5000  lr 1.0e-02  ' in first and first.endswith('  best') and not second.endswith('best')
+    assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  lr 1.0e-02  ' in first and first.endswith('  best') and not second.endswith('best')
     assert err == ''                                   # no bar where there is no terminal
 
 def test_a_bar_at_a_terminal(tmp_path, capsys, monkeypatch):
