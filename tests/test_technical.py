@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, talib
 from hypothesis import given, settings, strategies as st
 from cryptoml.engine import BARS, Engine, chained, ordered
-from cryptoml.technical import TECHNICAL, highest, mean_std, power_sums, slide
+from cryptoml.technical import TECHNICAL, deviation, highest, latest, mean_std, patterns, power_sums, slide, total
 
 FIRST, SETTLE = (chained(ordered(TECHNICAL), key) for key in ('first', 'settle'))
 ENGINE, STREAM = Engine(TECHNICAL), Engine(TECHNICAL, block=16)
 NAMES = ENGINE.columns
-PATTERNS = ['doji', 'hammer', 'shooting_star', 'engulfing']
+PATTERNS = patterns.out
 SAME = [c for c in NAMES if c not in PATTERNS]                  # patterns jump when a comparison at its limit rounds otherwise
 PRICES, VOLUMES = ['open', 'high', 'low', 'close'], ['volume', 'taker_buy_volume']
 
@@ -68,7 +68,7 @@ def reference(b):
         k = 100 * (c - l.rolling(p).min()) / (h.rolling(p).max() - l.rolling(p).min())
         mean = total(typical, p) / p
         mad = typical.rolling(p).apply(lambda w: np.abs(w - w.mean()).mean(), raw=True)
-        y |= {f'stoch_{p}': k, f'stoch_signal_{p}': total(k, 3) / 3, f'wr_{p}': k - 100, f'cci_{p}': (typical - mean) / (0.015 * mad), f'atr_{p}': wilder(tr, p), f'natr_{p}': 100 * wilder(tr, p) / c}
+        y |= {f'stoch_{p}': k, f'stoch_signal_{p}': total(k, 3) / 3, f'stoch_slow_{p}': total(total(k, 3) / 3, 3) / 3, f'wr_{p}': k - 100, f'cci_{p}': (typical - mean) / (0.015 * mad), f'atr_{p}': wilder(tr, p), f'natr_{p}': 100 * wilder(tr, p) / c}
     mid = (h + l) / 2
     y['awesome_5_34'] = total(mid, 5) / 5 - total(mid, 34) / 34
     y['awesome_percent_5_34'] = 100 * y['awesome_5_34'] / c
@@ -76,14 +76,48 @@ def reference(b):
     plus, minus = (wilder(a.where((a > z) & (a > 0), 0.).where(before.notna()), 14) for a, z in ((up, down), (down, up)))
     y |= {'adx_14': wilder(100 * (plus - minus).abs() / (plus + minus), 14), 'adx_pos_14': 100 * plus / wilder(tr, 14), 'adx_neg_14': 100 * minus / wilder(tr, 14)}
     y |= {'aroon_up_25': 4 * h.rolling(26).apply(lambda w: 25 - np.argmax(w[::-1]), raw=True), 'aroon_down_25': 4 * l.rolling(26).apply(lambda w: 25 - np.argmin(w[::-1]), raw=True)}
+    for p in (20, 50):
+        e = ema(c, p)
+        e2 = ema(e, p)
+        raw = {f'sma_{p}': total(c, p) / p, f'std_{p}': sd(c, p), f'ema_{p}': e, f'dema_{p}': 2 * e - e2, f'tema_{p}': 3 * e - 3 * e2 + ema(e2, p), f'wma_{p}': c.rolling(p).apply(lambda w: w @ np.arange(1, p + 1) / (p * (p + 1) / 2), raw=True)}
+        y |= raw | {f'bb_{k}_{p}': raw[f'sma_{p}'] + f * raw[f'std_{p}'] for k, f in dict(high=2, low=-2).items()} | {f'{k}_distance_{p}': c / raw[f'{k}_{p}'] - 1 for k in ('dema', 'tema', 'wma')}
+    for p in (10, 30):
+        er, k = (c.diff(p).abs() / total(c.diff().abs(), p)).to_numpy(), np.full(len(c), np.nan)
+        last = c.iloc[p - 1]
+        for t in range(p, len(c)): k[t] = last = last + (2 / 31 + (2 / 3 - 2 / 31) * er[t])**2 * (c.iloc[t] - last)
+        y |= {f'kama_{p}': pd.Series(k, b.index), f'kama_distance_{p}': c / k - 1}
+    for p in (15, 30):
+        e = ema(ema(ema(c, p), p), p)
+        y[f'trix_{p}'] = 100 * e.pct_change()
+    bp = c - np.minimum(l, before)
+    y['ultimate_7_14_28'] = 100 * (4 * share(bp, tr, 7) + 2 * share(bp, tr, 14) + share(bp, tr, 28)) / 7
+    k = y['rsi_14']
+    k = 100 * (k - k.rolling(14).min()) / (k.rolling(14).max() - k.rolling(14).min())
+    y |= {'stochrsi_14': k, 'stochrsi_k_14': total(k, 3) / 3, 'stochrsi_d_14': total(total(k, 3) / 3, 3) / 3}
+    y['psar'] = pd.Series(talib.SAR(h, l), b.index)
+    y['psar_distance'] = c / y['psar'] - 1
+    y['keltner_percent_20_14'] = 0.5 + (c - y['ema_20']) / (4 * y['atr_14'])
+    y |= {'trending_14': np.sign(plus - minus).where(y['adx_14'] > 25, 0.), 'ranging_14': (y['adx_14'] < 20) * 1.}
+    high, low = np.maximum(h, before), np.minimum(l, before)
+    for p in (14, 72): y[f'choppiness_{p}'] = 100 * np.log10(total(tr, p) / (high.rolling(p).max() - low.rolling(p).min())) / np.log10(p)
+    for p in (24, 168, 720):
+        top, low = h.rolling(p).max(), l.rolling(p).min()
+        lines = np.array([[top - q * (top - low)] for q in (0, 0.236, 0.382, 0.5, 0.618, 0.786, 1)])[:, 0]
+        apart = (c.to_numpy() - lines) / (top - low).to_numpy()
+        y |= {f'donchian_high_{p}': top, f'donchian_low_{p}': low, f'fibonacci_distance_{p}': pd.Series(np.take_along_axis(apart, np.abs(np.nan_to_num(apart, nan=9)).argmin(0)[None], 0)[0], b.index)}
+        if p == 168: y |= {f'fibonacci_{round(1000 * q)}_168': top - q * (top - low) for q in (0.236, 0.382, 0.5, 0.618, 0.786)}
+    for p in (24, 168): y[f'rogers_satchell_{p}'] = (total((np.log(h / c) * np.log(h / o) + np.log(l / c) * np.log(l / o)).where(r.notna()), p) / p)**0.5
+    line = (clv * v).cumsum()
+    y['adosc_3_10'] = line.ewm(alpha=1 / 2, adjust=False).mean() - line.ewm(alpha=2 / 11, adjust=False).mean()
+    y['adosc_share_3_10'] = y['adosc_3_10'] / ema(v, 10)
     sign, money, drift = np.sign(c.diff()), typical * v, typical.diff()
     for p in (24, 168):
-        y |= {f'volume_z_{p}': (v - total(v, p) / p) / sd(v, p), f'obv_flow_{p}': share(sign * v, v, p), f'cmf_{p}': share(clv * v, v, p), f'vwap_distance_{p}': c / share(money, v, p) - 1,
+        y |= {f'volume_z_{p}': (v - total(v, p) / p) / sd(v, p), f'obv_flow_{p}': share(sign * v, v, p), f'cmf_{p}': share(clv * v, v, p), f'vwap_{p}': share(money, v, p), f'vwap_distance_{p}': c / share(money, v, p) - 1,
               f'efficiency_ratio_{p}': x.diff(p).abs() / total(r.abs(), p)}
         fit = [np.polyfit(np.arange(p), w, 1)[0] for w in np.lib.stride_tricks.sliding_window_view(x.to_numpy(), p)]
         y |= {f'trend_slope_{p}': pd.Series(np.r_[[np.nan] * (p - 1), fit], b.index), f'trend_r2_{p}': x.rolling(p).apply(lambda w: np.corrcoef(np.arange(p), w)[0, 1]**2, raw=True)}
     y['volume_ratio_24_168'] = np.log(total(v, 24) / 24 / (total(v, 168) / 168))
-    y['mfi_14'] = 100 * share(money.where(drift > 0, 0.), money.where(drift != 0, 0.), 14).where(np.arange(len(b)) > 13)
+    for p in (14, 28): y[f'mfi_{p}'] = 100 * share(money.where(drift > 0, 0.), money.where(drift != 0, 0.), p).where(np.arange(len(b)) >= p)
     amihud = {p: total(r.abs(), p) / total(money, p) for p in (24, 720)}
     y['illiquidity_24_720'] = np.log(amihud[24] / amihud[720])
     y |= {f'taker_buy_share_{p}': share(b.taker_buy_volume, v, p) for p in (1, 24, 168)}
@@ -111,7 +145,7 @@ def compare(b, columns=SAME, eps=1e-7):
     ours, theirs = features(b), reference(b)
     assert set(theirs) == set(SAME)
     for c in columns:
-        k = FIRST[c] + (0 if not c.startswith(('macd', 'ppo', 'adx')) else 400)
+        k = FIRST[c] + (0 if not c.startswith(('macd', 'ppo', 'adx', 'psar', 'adosc', 'trending', 'ranging')) else 400)
         gap = (ours[c] - theirs[c])[k - 1:].abs().max() / theirs[c].std()
         assert gap < eps, f'{c}: {gap:.1e}'
 
@@ -153,7 +187,7 @@ def test_talib_from_its_first_value():
 
 def test_enough_features_documented():
     docs = [d for f in TECHNICAL for d in zip(f.out, f.doc['feature'], f.doc['formula'], f.doc['unit'])]
-    assert len(NAMES) >= 60 and len(set(NAMES)) == len(NAMES)
+    assert len(NAMES) >= 150 and len(set(NAMES)) == len(NAMES)
     assert not [name for name, feature, formula, unit in docs if feature and not (formula and unit)]
     assert ENGINE.plain == []
 
@@ -205,7 +239,7 @@ def test_calendar_values():
     np.testing.assert_allclose(turn('month') * 12, [1, 1, 2], atol=1e-9)
 
 
-LIMITS = dict(rsi=(0, 100), stoch=(0, 100), wr=(-100, 0), mfi=(0, 100), adx=(0, 100), aroon=(0, 100), donchian_percent=(0, 1), donchian_width=(0, np.inf), drawdown=(-np.inf, 0), obv_flow=(-1, 1), cmf=(-1, 1),
+LIMITS = dict(rsi=(0, 100), stoch=(0, 100), stochrsi=(0, 100), ultimate=(0, 100), choppiness=(0, 100), trending=(-1, 1), ranging=(0, 1), fibonacci_distance=(-.2, .2), wr=(-100, 0), mfi=(0, 100), adx=(0, 100), aroon=(0, 100), donchian_percent=(0, 1), donchian_width=(0, np.inf), drawdown=(-np.inf, 0), obv_flow=(-1, 1), cmf=(-1, 1),
               taker_buy_share=(0, 1), body=(-1, 1), upper_shadow=(0, 1), lower_shadow=(0, 1), clv=(-1, 1), efficiency_ratio=(0, 1), trend_r2=(0, 1), hour=(-1, 1), weekday=(-1, 1), month=(-1, 1),
               volume_z=(-13, 13), bb_percent=(-2, 3), skewness=(-13, 13), kurtosis=(-3, 168), volatility_ratio=(-7, 7), volume_ratio=(-7, 7), illiquidity=(-7, 7), doji=(0, 1), hammer=(0, 1), shooting_star=(0, 1), engulfing=(-1, 1))
 
@@ -301,7 +335,7 @@ values = st.lists(st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0., 1., -1., 
 @given(values, st.integers(2, 25))
 def test_windows_against_brute_force(x, p):
     "The running sums, moments and extremes of any sequence, refreshed at multiples of p"
-    x, s, m, q, hi = np.array(x), np.zeros(2), np.zeros(4), np.zeros(6), np.zeros(p + 1)
+    x, s, m, q, hi, at = np.array(x), np.zeros(2), np.zeros(4), np.zeros(6), np.zeros(p + 2), np.zeros(2 * p + 3)
     for t in range(1, len(x) + 1):
         view, w, fresh = np.concatenate([np.full(p, np.nan), x[:t]])[-p - 1:], x[max(t - p, 0):t], t == 1 or t % p == 0
         scale = 1 + np.abs(x[max(t - 2 * p, 0):t]).max()
@@ -311,3 +345,7 @@ def test_windows_against_brute_force(x, p):
         power_sums(q, 0, view, p, t, fresh, 4)
         for k in range(1, 5): assert abs(q[k] - ((w - q[0])**k).sum()) < 1e-9 * (2 * scale)**k
         assert highest(hi, 0, view, p, t, 1.) == w.max()
+        where = latest(at, 0, view, p, t, -1.)
+        if t >= p: assert where == t - np.argmin(w[::-1])
+        assert total(view, p + 1 - len(w), p + 1) == pytest.approx(w.sum(), abs=1e-9 * scale)
+        assert deviation(view, p + 1 - len(w), p + 1, 0.5) == pytest.approx(np.abs(w - 0.5).sum(), abs=1e-9 * scale)
