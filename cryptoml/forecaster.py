@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'own_columns', 'all_features', 'make_inputs', 'split', 'ForecasterConfig', 'Forecaster', 'needed_history',
-           'make_labels', 'begin', 'train', 'forecast', 'importance', 'save_forecaster', 'load_forecaster']
+           'make_labels', 'present', 'begin', 'train', 'forecast', 'importance', 'save_forecaster', 'load_forecaster']
 
 # %% ../nbs/36_forecaster.ipynb #f1cdd6ce
 import threading
@@ -57,11 +57,12 @@ def make_inputs(
     panel: Panel,                        # Checked bars
     extra: pd.DataFrame | None = None,   # A user's own columns: time, known, symbol, numbers
     engineer: AdvancedFeatureEngineer | None = None,  # Features; None for all families
+    **sources,                           # onchain, orderbook, trades, cross_exchange, funding: None or a frame
 ) -> Inputs:                             # Inputs in a fixed order
     "Features and own columns of every bar"
     engineer = engineer or all_features()
     ready = np.flatnonzero(engineer.model_ready)
-    x, names = engineer.transform_panel(panel)[..., ready].astype(np.float32), [engineer.columns[j] for j in ready]
+    x, names = engineer.transform_panel(panel, **sources)[..., ready].astype(np.float32), [engineer.columns[j] for j in ready]
     family = [engineer.family_of[j] for j in ready]
     groups = {f: [i for i, g in enumerate(family) if g == f] for f in dict.fromkeys(family)}
     if extra is not None:
@@ -114,17 +115,21 @@ class Forecaster:
     scaler: Scaler
     network: Network
 
+    def pick(self, inputs: Inputs) -> Inputs:
+        "The inputs that the forecaster was trained on, in its order"
+        if inputs.names == self.names: return inputs
+        at = {n: j for j, n in enumerate(inputs.names)}
+        if lost := [n for n in self.names if n not in at]: raise DataError(f'inputs do not fit the forecaster: of its {len(self.names)} columns {len(lost)} are missing, first {", ".join(lost[:5])}')
+        return Inputs(inputs.panel, inputs.x[..., [at[n] for n in self.names]], self.names, self.groups)
+
     def windows(
         self,
         inputs: Inputs,
         labels: dict[str, np.ndarray] | None = None,   # Label name to [N, T, ...]
     ) -> Windows:
         "The panel as the network reads it, on the network's device"
-        if inputs.names != self.names:
-            lost = [n for n in self.names if n not in inputs.names]
-            raise DataError(f'inputs do not fit the forecaster: {len(inputs.names)} columns for {len(self.names)}, missing {lost[:5]}')
-        panel, c = inputs.panel, self.network.config
-        x = np.concatenate([self.scaler(inputs.x), missing(inputs.x, self.groups)], -1)
+        panel, c, x = inputs.panel, self.network.config, self.pick(inputs).x
+        x = np.concatenate([self.scaler(x), missing(x, self.groups)], -1)
         ahead = panel.time[-1] + panel.timeframe * np.arange(1, c.steps * c.stride + 1)
         static, month = describe(panel.time, panel['close'], panel['volume'])
         parts = dict(past=x, future=calendar(panel.time.append(pd.DatetimeIndex(ahead))), static=static, month=month)
@@ -134,7 +139,7 @@ class Forecaster:
 
     def usable(self, inputs: Inputs) -> np.ndarray:
         "Bars [N, T] that can be forecast: their window is there, and more than half of the inputs are past their warm-up"
-        return usable(inputs.panel.mask, self.network.config.lookback) & (np.isnan(inputs.x).mean(-1) < 0.5)
+        return usable(inputs.panel.mask, self.network.config.lookback) & (np.isnan(self.pick(inputs).x).mean(-1) < 0.5)
 
 # %% ../nbs/36_forecaster.ipynb #5a87c25b
 @cache
@@ -163,8 +168,17 @@ def make_labels(
                 volatility=(targets['volatility'] - np.log(targets.sigma)[..., None]).astype(np.float32),
                 cost=(config.round_trip / usual).astype(np.float32))
 
+def present(inputs: Inputs, rows: np.ndarray, least: float = .05) -> Inputs:
+    "The inputs that have a value on at least this share of `rows` ([N, T], bool): a source that was never given is not an input"
+    keep = np.flatnonzero(np.isfinite(inputs.x[rows]).mean(0) >= least)
+    names, new = [inputs.names[j] for j in keep], {j: i for i, j in enumerate(keep.tolist())}
+    groups = {g: c for g, old in inputs.groups.items() if (c := [new[j] for j in old if j in new])}
+    if not names: raise DataError(f'none of {len(inputs.names)} inputs has values on the {rows.sum()} training bars: give more history')
+    return Inputs(inputs.panel, inputs.x[..., keep], names, groups)
+
 def begin(inputs: Inputs, rows: np.ndarray, config: ForecasterConfig) -> Forecaster:
-    "A forecaster with its scale fitted on `rows` ([N, T], bool) and an untrained network"
+    "A forecaster with its inputs chosen and its scale fitted on `rows` ([N, T], bool), and an untrained network"
+    inputs = present(inputs, rows & inputs.panel.mask)
     torch.manual_seed(config.seed)
     network = NetworkConfig(n_past=len(inputs.names) + len(inputs.groups), n_future=len(CALENDAR) + 1, n_static=len(STATIC),
                             horizons=config.horizons, round_trip=config.round_trip, **SIZES[config.size])

@@ -282,6 +282,7 @@ def evaluate(
     costs: Costs = Costs(),         # Costs of every book
 ) -> Test:                          # Everything a report needs
     "Forecast the test span once and set it beside its baselines"
+    inputs = f.pick(inputs)
     train, test = (decisions(f, inputs, parts[k]) for k in ('train', 'test'))
     fc, baseline = forecast(f, inputs, targets.sigma, torch.from_numpy(test)), class_baselines(f, inputs, targets, train, test)
     labels = {k: targets[k].reshape(-1, len(targets.horizons))[test] for k in ('direction', 'relative_direction', 'regime')}
