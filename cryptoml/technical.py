@@ -102,21 +102,21 @@ def average(
 def highest(
     s,       # State of the family
     a,       # Where this group begins in it
-    x,       # Column: at least p items, the last is the present bar
+    x,       # New item
     p,       # Window in bars
     n,       # Bars seen, this one included
     sign,    # 1. for the largest, -1. for minus the smallest
-):           # Largest sign * x of the last min(n, p) items
-    "Moving maximum (van Herk 1992); s[a]: maximum of this block, s[a + 1:a + 1 + p]: suffix maxima of the block before, s[a + 1 + p]: items of this block"
-    m, b = len(x) - 1, int(s[a + 1 + p])
-    new = sign * x[m]
-    s[a] = max(s[a], new) if b else new
-    s[a + 1 + p] = b + 1
-    if b < p - 1: return max(s[a], s[a + 2 + b]) if n > p else s[a]
-    s[a + 1 + p] = 0.
-    s[a + p] = new
-    for k in range(1, p): s[a + p - k] = max(s[a + p - k + 1], sign * x[m - k])
-    return s[a]
+):           # Largest sign * x of the last min(n, p)
+    "Moving maximum (van Herk 1992) in p + 2 floats; s[a]: items in this block, s[a + 1]: their maximum, then these items and the suffix maxima of the block before"
+    b, new = int(s[a]), sign * x
+    s[a + 1] = max(s[a + 1], new) if b else new
+    s[a + 2 + b] = new
+    if b < p - 1:
+        s[a] = b + 1
+        return max(s[a + 1], s[a + 3 + b]) if n > p else s[a + 1]
+    s[a] = 0.
+    for k in range(p - 2, -1, -1): s[a + 2 + k] = max(s[a + 2 + k], s[a + 3 + k])
+    return s[a + 1]
 
 # %% ../nbs/11_technical.ipynb #a820b230
 @family('log_close log_return true_range typical_price middle gain loss absolute_change buying_pressure true_high true_low', state=2, first=(1, 2, 2, 1, 1, 2, 2, 2, 2, 2, 2), feature=False, scale_free=False)
@@ -317,14 +317,14 @@ def mean3(
     s[a] = x
     return mean
 
-@family('stoch_{p} stoch_signal_{p} stoch_slow_{p} wr_{p}', windows=(14, 28), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4, p), past=lambda p: p, unit=('0 to 100', '0 to 100', '0 to 100', '-100 to 0'),
+@family('stoch_{p} stoch_signal_{p} stoch_slow_{p} wr_{p}', windows=(14, 28), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4, p), unit=('0 to 100', '0 to 100', '0 to 100', '-100 to 0'),
         formula=(r'K=100\,(C-L_p)/(H_p-L_p)', r'\mathrm{SMA}_3(K)', r'\mathrm{SMA}_3(\mathrm{SMA}_3(K))', 'K-100'), source=('Lane; ta', 'Lane; ta', 'Lane; TA-Lib', 'Williams; ta'))
 def stochastic(high, low, close, W, s, n, y):
-    m, a = len(close) - 1, 0
+    a = 0
     for j in range(len(W)):
         p = W[j]
         top, bottom = highest(s, a + 4, high, p, n, 1.), -highest(s, a + p + 6, low, p, n, -1.)
-        k = 100 * (close[m] - bottom) / (top - bottom) if top > bottom else 50.
+        k = 100 * (close - bottom) / (top - bottom) if top > bottom else 50.
         y[4 * j] = k
         y[4 * j + 1] = mean3(s, a, k)
         y[4 * j + 2] = mean3(s, a + 2, y[4 * j + 1])
@@ -332,13 +332,13 @@ def stochastic(high, low, close, W, s, n, y):
         a += 2 * p + 8
 
 # %% ../nbs/11_technical.ipynb #5fe59ca4
-@family('stochrsi_{p} stochrsi_k_{p} stochrsi_d_{p}', windows=(14,), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4), settle=lambda p: 14 * p, past=lambda p: p, unit='0 to 100',
+@family('stochrsi_{p} stochrsi_k_{p} stochrsi_d_{p}', windows=(14,), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4), settle=lambda p: 14 * p, unit='0 to 100',
         formula=(r'S=100\,(\mathrm{RSI}-\min_p\mathrm{RSI})/(\max_p\mathrm{RSI}-\min_p\mathrm{RSI})', r'K=\mathrm{SMA}_3(S)', r'\mathrm{SMA}_3(K)'), source='Chande and Kroll 1994; ta')
 def stochrsi(rsi_14, W, s, n, y):
     for j in range(len(W)):
         p, a = W[j], j * (2 * W[j] + 8)
         top, bottom = highest(s, a + 4, rsi_14, p, n, 1.), -highest(s, a + p + 6, rsi_14, p, n, -1.)
-        y[3 * j] = 100 * (rsi_14[p] - bottom) / (top - bottom) if top > bottom else 50.
+        y[3 * j] = 100 * (rsi_14 - bottom) / (top - bottom) if top > bottom else 50.
         y[3 * j + 1] = mean3(s, a, y[3 * j])
         y[3 * j + 2] = mean3(s, a + 2, y[3 * j + 1])
 
@@ -424,10 +424,10 @@ def regime(adx_14, adx_pos_14, adx_neg_14, W, s, n, y):
 
 @family('choppiness_{p}', windows=(14, 72), state=lambda p: 2 * p + 6, first=lambda p: p, past=lambda p: p, const=lambda p: 100 / math.log(p), unit='0 to 100', formula=r"100\,\ln(\sum\mathrm{TR}/(H'_p-L'_p))/\ln p", source='Dreiss 1993')
 def choppiness(true_range, true_high, true_low, W, s, n, y, r, c):
-    a = 0
+    a, m = 0, len(true_range) - 1
     for j in range(len(W)):
         p = W[j]
-        path, top, bottom = slide(s, a, true_range, p, n, r[j]), highest(s, a + 2, true_high, p, n, 1.), -highest(s, a + p + 4, true_low, p, n, -1.)
+        path, top, bottom = slide(s, a, true_range, p, n, r[j]), highest(s, a + 2, true_high[m], p, n, 1.), -highest(s, a + p + 4, true_low[m], p, n, -1.)
         y[j] = min(max(c[j] * math.log(path / (top - bottom)), 0.), 100.) if top > bottom else 50.
         a += 2 * p + 6
 
@@ -435,36 +435,34 @@ def choppiness(true_range, true_high, true_low, W, s, n, y, r, c):
 def latest(
     s,       # State of the family
     a,       # Where this group begins in it
-    x,       # Column: at least q items, the last is the present bar
+    x,       # New item
     q,       # Window in bars
     n,       # Bars seen, this one included
     sign,    # 1. for the largest, -1. for the smallest
 ):           # Number n of the bar with the latest largest sign * x of the last q
-    "Where the moving maximum is; s[a:a + 3]: items of this block, its maximum and the bar of that; then suffix maxima of the block before, and their bars"
-    m, b, new = len(x) - 1, int(s[a]), sign * x[len(x) - 1]
+    "Where the moving maximum is, in 2 q + 3 floats; s[a:a + 3]: items in this block, their maximum and its bar; then items or suffix maxima, and their bars"
+    b, new = int(s[a]), sign * x
     hit = (b == 0) | (new >= s[a + 1])
     s[a + 1], s[a + 2] = new if hit else s[a + 1], n if hit else s[a + 2]
+    s[a + 3 + b], s[a + 3 + q + b] = new, n
     if b < q - 1:
         s[a] = b + 1
-        top, bar = s[a + 4 + b], s[a + 4 + b + q]            # read first, then choose: no branch
+        top, bar = s[a + 4 + b], s[a + 4 + q + b]            # read first, then choose: no branch
         return bar if top > s[a + 1] else s[a + 2]
     s[a] = 0.
-    top, bar = new, n
-    for k in range(q):
-        v = sign * x[m - k]
-        bar = n - k if v > top else bar
-        top = max(top, v)
-        s[a + 2 + q - k], s[a + 2 + 2 * q - k] = top, bar
+    for k in range(q - 2, -1, -1):
+        later = s[a + 4 + k] >= s[a + 3 + k]
+        s[a + 3 + k], s[a + 3 + q + k] = s[a + 4 + k] if later else s[a + 3 + k], s[a + 4 + q + k] if later else s[a + 3 + q + k]
     return s[a + 2]
 
-@family('aroon_up_{p} aroon_down_{p}', windows=(25,), state=lambda p: 4 * p + 10, first=lambda p: p + 1, past=lambda p: p, unit='0 to 100',
+@family('aroon_up_{p} aroon_down_{p}', windows=(25,), state=lambda p: 4 * p + 10, const=lambda p: 100 / p, first=lambda p: p + 1, unit='0 to 100',
         formula=(r'100\,(1-\text{bars since the high}/p)', r'100\,(1-\text{bars since the low}/p)'), source='Chande 1995')
-def aroon(high, low, W, s, n, y):
+def aroon(high, low, W, s, n, y, c):
     a = 0
     for j in range(len(W)):
         p = W[j]
-        y[2 * j] = 100 * (1 - (n - latest(s, a, high, p + 1, n, 1.)) / p)
-        y[2 * j + 1] = 100 * (1 - (n - latest(s, a + 2 * p + 5, low, p + 1, n, -1.)) / p)
+        y[2 * j] = (p - n + latest(s, a, high, p + 1, n, 1.)) * c[j]
+        y[2 * j + 1] = (p - n + latest(s, a + 2 * p + 5, low, p + 1, n, -1.)) * c[j]
         a += 4 * p + 10
 
 # %% ../nbs/11_technical.ipynb #2a3d384a
@@ -489,7 +487,7 @@ def psar(high, low, close, W, s, n, y):
     s[4], s[5] = high, low
 
 # %% ../nbs/11_technical.ipynb #ee459f8b
-@family('donchian_high_{p} donchian_low_{p}', windows=(24, 168, 720), state=lambda p: 2 * p + 4, first=lambda p: p, past=lambda p: p, unit='price', scale_free=False, formula=('H_p', 'L_p'), source='Donchian; ta')
+@family('donchian_high_{p} donchian_low_{p}', windows=(24, 168, 720), state=lambda p: 2 * p + 4, first=lambda p: p, unit='price', scale_free=False, formula=('H_p', 'L_p'), source='Donchian; ta')
 def channel(high, low, W, s, n, y):
     a = 0
     for j in range(len(W)):

@@ -344,8 +344,8 @@ def test_windows_against_brute_force(x, p):
         assert abs(mean - w.mean()) < 1e-9 * scale and abs(sd - w.std()) < 1e-5 * scale
         power_sums(q, 0, view, p, t, fresh, 4)
         for k in range(1, 5): assert abs(q[k] - ((w - q[0])**k).sum()) < 1e-9 * (2 * scale)**k
-        assert highest(hi, 0, view, p, t, 1.) == w.max()
-        where = latest(at, 0, view, p, t, -1.)
+        assert highest(hi, 0, x[t - 1], p, t, 1.) == w.max()
+        where = latest(at, 0, x[t - 1], p, t, -1.)
         if t >= p: assert where == t - np.argmin(w[::-1])
         assert total(view, p + 1 - len(w), p + 1) == pytest.approx(w.sum(), abs=1e-9 * scale)
         assert deviation(view, p + 1 - len(w), p + 1, 0.5) == pytest.approx(np.abs(w - 0.5).sum(), abs=1e-9 * scale)
