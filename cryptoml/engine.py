@@ -520,7 +520,7 @@ class Engine:
         families,      # Families in any order, with all that they read
         columns=None,  # Outputs to return; default: all features
         inputs=BARS,   # Columns of a bar, the first five open, high, low, close, volume
-        block=128,     # Bars in a block: 128 for history, 16 for a stream
+        block=512,     # Bars in a block: 512 for history, 16 for a stream
         max_gap=24,    # More missing bars in a row than this: everything starts again
     ):
         made = {c: keep for f in families for c, keep in zip(f.out, f.doc['feature'])}
@@ -563,13 +563,13 @@ def run_engine(
     X, number, M = np.ascontiguousarray(X, np.float64), np.ascontiguousarray(number, np.int64), e.memory() if M is None else M
     if X.shape != (len(number), len(e.inputs)) or M.shape != (e.size,):
         raise ValueError(f'bars {X.shape}, numbers {number.shape}, memory {M.shape}: expected ({len(number)}, {len(e.inputs)}), ({len(number)},) and ({e.size},)')
-    last, own = int(M[1]), Y is None or bool(e.plain)
+    last, own = int(M[1]) if e.plain else -1, Y is None or bool(e.plain)
     Z = np.empty((len(e.given), len(X))) if own else Y
     bad = e.walk(M, *e.tables, e.block, e.max_gap, X, number, Z, 0 if own else y0)
-    if bad >= 0: raise ValueError(f'bar number {number[bad]} at row {bad} comes after {number[bad - 1] if bad else last}: bars must be in order of time, each once')
+    if bad >= 0: raise ValueError(f'bar number {number[bad]} at row {bad} comes after {number[bad - 1] if bad else int(M[1])}: bars must be in order of time, each once')
     if e.plain: run_plains(e, M, X, number, Z, np.array([usable(x) for x in X.tolist()], bool), last)
     if own and Y is not None: Y[:, y0:y0 + len(X)] = Z[:len(e.columns)]
-    return Z[:len(e.columns)] if Y is None else Y
+    return Y if Y is not None else Z if len(Z) == len(e.columns) else Z[:len(e.columns)]
 
 def run_plains(
     e: Engine,           # Engine

@@ -161,6 +161,23 @@ def test_infinite_and_undefined_values_become_nan_and_restart_who_reads_them():
     np.testing.assert_array_equal(n, np.where(lost, np.nan, since))
 
 
+def test_columns_beyond_the_bar():
+    "A source's column rides along; where it is missing only its readers start again"
+    @family('level_{p}', windows=(3,), state=1, first=lambda p: p)
+    def level(source_level, W, s, n, y):
+        s[0] += source_level
+        y[0] = s[0]
+    e = Engine([level, mean], inputs=(*BARS, 'source_level'))
+    X, number = bars(60)
+    X = np.column_stack([X, np.ones(60)])
+    X[30:32, 9] = np.nan
+    out = dict(zip(e.columns, e.run(X, number)))
+    np.testing.assert_array_equal(out['level_3'], [np.nan] * 2 + [*range(3, 31)] + [np.nan] * 4 + [*range(3, 29)])
+    assert bits(out['mean_7']) == bits(dict(zip(('mean_3', 'mean_7', 'mean_20'), Engine([mean]).run(X[:, :9], number)))['mean_7'])
+    twice = Engine([level, mean], columns=['mean_7', 'mean_3', 'mean_7'], inputs=(*BARS, 'source_level')).run(X, number)
+    assert bits(twice[0]) == bits(twice[2]) == bits(out['mean_7']) and bits(twice[1]) == bits(out['mean_3'])
+
+
 def test_what_a_step_does_not_write_is_nan():
     @family('now then')
     def half(close, W, s, n, y):
