@@ -7,8 +7,8 @@ __all__ = ['CLOCK', 'KINDS', 'WARM', 'CLOCKS', 'COLUMNS', 'CANARIES', 'as_table'
            'Subject', 'other_future', 'other_source', 'Tally', 'explain', 'truncation', 'perturbation', 'knowledge',
            'history', 'streamed', 'growing', 'reordered', 'alone', 'other_clock', 'clocked', 'AuditError', 'Audit',
            'moment', 'report_lines', 'verdicts', 'warm_up_rows', 'look_ahead', 'knowledge_rows', 'coins_and_clock',
-           'declared_by', 'check_again', 'audit', 'audit_source', 'jumped', 'by_bar', 'weights_of', 'who_earns',
-           'audit_positions', 'with_canaries']
+           'declared_by', 'streams', 'check_again', 'audit', 'audit_source', 'jumped', 'by_bar', 'weights_of',
+           'who_earns', 'audit_positions', 'with_canaries']
 
 # %% ../nbs/40_audit.ipynb #03b48cb6
 import time, warnings
@@ -170,11 +170,12 @@ class Tally:
     ahead: np.ndarray = None                    # Bars looked ahead [F]
     row: np.ndarray = None                      # Row of the worst [F]
     share: np.ndarray = None                    # Largest share of the values before a cut that changed [F]
+    last: np.ndarray = None                     # Last bar that changed [F]
     reaches: list = field(default_factory=list) # Bars looked ahead at each cut [F] each
 
     def __post_init__(self):
         F = self.base.shape[1]
-        self.worst, self.ahead, self.row, self.share = np.zeros(F), np.zeros(F, int), np.full(F, -1), np.zeros(F)
+        self.worst, self.ahead, self.row, self.share, self.last = np.zeros(F), np.zeros(F, int), np.full(F, -1), np.zeros(F), np.full(F, -1)
 
     def add(self, out, rows, cut, only=None):
         "Compare the values of rows up to a cut with those from all bars"
@@ -187,7 +188,8 @@ class Tally:
         better = d.max(0, initial=0) > self.worst
         if len(rows): self.row = np.where(better, rows[d.argmax(0)], self.row)
         self.worst, self.ahead = np.fmax(self.worst, d.max(0, initial=0)), np.maximum(self.ahead, reach)
-        self.share = np.fmax(self.share, hit.sum(0) / np.maximum((~(np.isnan(base) & np.isnan(out))).sum(0), 1))
+        self.last = np.maximum(self.last, np.where(hit, self.s.t[rows][:, None], -1).max(0, initial=-1))
+        if cut >= self.s.T // 8: self.share = np.fmax(self.share, hit.sum(0) / np.maximum((~(np.isnan(base) & np.isnan(out))).sum(0), 1))
         self.cuts += 1
         self.reaches.append(reach)
 
@@ -197,9 +199,11 @@ def explain(
     k: int,         # Most bars looked ahead
     least: int,     # Fewest bars looked ahead at any cut
     crosses: bool,  # Whether later bars of other coins do it too
+    start: int,     # How many bars at the start are the only ones that change; 0: others do too
 ) -> str:
     "What kind of look-ahead it is"
     if crosses: return 'reads later bars of other coins: a shift or a window without groupby("symbol"), or a statistic over all rows (PCA, graph)'
+    if start: return f'the first bars ({start} at least) hold values of later ones: a back-fill, or holes filled with a mean'
     if share > .5: return 'earlier values all change: a statistic of the whole sample (scaler, rank, PCA) or a smoother from both sides'
     if k == 1: return 'needs the next bar: a shift, or a merge off by one'
     if least == k: return f'needs the next {k} bars: a shift, a centred window or smoother, a merge off by {k}'
@@ -276,20 +280,21 @@ def streamed(
     s: Subject,
     tally: Tally,
     engineer: AdvancedFeatureEngineer,
-    first: int,  # First bar
-    n: int,      # Bars
+    first: int,           # First bar
+    n: int,               # Bars
+    sourced: bool = True, # With the sources
 ) -> Tally:
     "Rows of an engineer's panel stream against its table on the same bars"
-    rows, frame = np.flatnonzero((s.t >= first) & (s.t < first + n)), s.frame
-    if (table := s.run(f'{n} bars from {s.times[first]:%Y-%m-%d %H:%M} on', rows)) is None: return tally
+    rows, sources = np.flatnonzero((s.t >= first) & (s.t < first + n)), s.sources if sourced else {}
+    if (table := s.run(f'{n} bars from {s.times[first]:%Y-%m-%d %H:%M} on', rows, sources=sources)) is None: return tally
+    live, records, place = np.full_like(table, np.nan), s.frame.iloc[rows].to_dict('records'), np.argsort(s.t[rows], kind='stable')
     try:
-        stream, live, place = engineer.panel_stream(list(s.symbols), s.timeframe), np.full(table.shape, np.nan), np.full(len(s.all), -1)
-        place[rows] = np.arange(len(rows))
+        stream = engineer.panel_stream(list(s.symbols), s.timeframe)
         at = {name: k for k, name in enumerate(stream.symbols)}
-        records, order = frame.to_dict('records'), rows[np.argsort(s.t[rows], kind='stable')]
-        for now in np.split(order, np.flatnonzero(np.diff(s.t[order])) + 1):
-            out = stream.update({records[i]['symbol']: records[i] for i in now}, **s.until(s.t[now[0]])[1])
-            for i in now: live[place[i]] = out[at[records[i]['symbol']]]
+        for now in np.split(place, np.flatnonzero(np.diff(s.t[rows][place])) + 1):
+            known = {k: v[s.known[k] <= s.close[s.t[rows[now[0]]]]] for k, v in sources.items()}
+            out = stream.update({records[i]['symbol']: records[i] for i in now}, **known)
+            for i in now: live[i] = out[at[records[i]['symbol']]]
     except Exception as e: s.errors.append(f'stream from {s.times[first]:%Y-%m-%d %H:%M} on: {type(e).__name__}: {e}')
     else:
         whole, tally.base = tally.base, tally.base.copy()
@@ -298,6 +303,7 @@ def streamed(
         tally.base, tally.ahead[:] = whole, 0
     return tally
 
+# %% ../nbs/40_audit.ipynb #4c94dfe1
 def growing(
     s: Subject,
     tally: Tally,
@@ -360,7 +366,7 @@ class AuditError(ValueError):
 
 COLUMNS = ['feature', 'check', 'verdict', 'difference', 'ahead', 'example', 'words']
 
-@dataclass
+@dataclass(repr=False)
 class Audit:
     "What an audit found"
     table: pd.DataFrame   # feature, check, verdict, difference (worst, relative), ahead (bars), example (time), words
@@ -385,6 +391,7 @@ class Audit:
         if not self.ok: raise AuditError(str(self))
 
     def __str__(self): return '\n'.join(report_lines(self))
+    __repr__ = __str__
 
     def _repr_html_(self):
         bad = self.failed()
@@ -401,7 +408,7 @@ def report_lines(a: Audit) -> list:
     lines = [f'{"PASS" if a.ok else "FAIL"}: {len(bad)} of {all_} features failed' if len(bad) else f'PASS: {all_} features', f'{a.over}; {a.calls} calls in {a.seconds:.1f} s']
     for r in bad.itertuples(): lines.append(f'  {r.feature}: {r.words}' + (f' (e.g. {moment(r.example)}' + (f', {r.ahead} bars ahead' if r.ahead else '') + ')' if pd.notna(r.example) else '') + f' [{r.fails}]')
     counts = a.table.groupby('check', sort=False).verdict.value_counts().unstack(fill_value=0).reindex(columns=['PASS', 'FAIL', 'NOTE'], fill_value=0)
-    lines.append('passed: ' + ', '.join(f'{check} {n}' for check, n in counts.PASS.items() if n))
+    if counts.PASS.any(): lines.append('passed: ' + ', '.join(f'{check} {n}' for check, n in counts.PASS.items() if n))
     notes = a.table[a.table.verdict == 'NOTE'].groupby(['check', 'words'], sort=False).feature.agg(list)
     lines += [f'note: {words}: {", ".join(f[:4])}{f" and {len(f) - 4} more" if len(f) > 4 else ""}' for (_, words), f in notes.items()]
     if (w := a.warm_up.dropna()).size: lines.append(f'history needed: up to {int(w.max())} bars ({w.idxmax()})')
@@ -416,10 +423,10 @@ def verdicts(
     skip=None,        # Features to leave out [F]
 ) -> list:            # Rows of the table
     "Rows of one check"
-    s, rows = tally.s, []
+    s, rows, void = tally.s, [], np.isnan(tally.base).all(0)
     for j, name in enumerate(s.names):
-        if not tally.cuts or skip is not None and skip[j]: continue
         bad = tally.worst[j] > tally.tolerance
+        if not tally.cuts or skip is not None and skip[j] or void[j] and not bad: continue
         example = s.times[s.t[tally.row[j]]] if bad and tally.row[j] >= 0 else pd.NaT
         rows.append((name, check, verdict if bad else 'PASS', tally.worst[j], tally.ahead[j] if bad else 0, example, (words if isinstance(words, str) else words[j]) if bad else ''))
     return rows
@@ -452,13 +459,15 @@ def look_ahead(
 ) -> tuple:        # Rows of the table, features that look ahead [F]
     "Truncation and perturbation, and what kind of leak it is"
     at = np.unique(np.r_[s.T // 8, rng.integers(s.T // 5, s.T - 2, max(cuts - 2, 1)), s.T - 2])
-    both = truncation(s, empty(), at), perturbation(s, empty(), at, rng)
+    early = [k for k in (3, 12, 50, 200) if k < at[0]]
+    both = truncation(s, empty(), at), perturbation(s, empty(), np.r_[early, at].astype(int), rng)
     bad, crosses = [x.worst > x.tolerance for x in both], np.zeros(len(s.names), bool)
     if (bad[0] | bad[1]).any() and len(s.symbols) > 1:
         for part in (0, 1): crosses |= (x := perturbation(s, empty(), at[-2:], rng, np.arange(part, len(s.symbols), 2))).worst > x.tolerance
-    share, most = (np.maximum(*(getattr(x, k) for x in both)) for k in ('share', 'ahead'))
+    share, most, last = (np.maximum(*(getattr(x, k) for x in both)) for k in ('share', 'ahead', 'last'))
+    start = np.where(last < s.T // 8, last + 1, 0)
     least = np.max([np.min(x.reaches, 0) if x.cuts else 0 * most for x in both], 0)
-    words = [blame[j] if j in blame and not bad[1][j] else explain(share[j], most[j], least[j], crosses[j]) for j in range(len(s.names))]
+    words = [blame[j] if j in blame and not bad[1][j] else explain(share[j], most[j], least[j], crosses[j], start[j]) for j in range(len(s.names))]
     return verdicts('truncation', both[0], words) + verdicts('perturbation', both[1], words), bad[0] | bad[1]
 
 def knowledge_rows(
@@ -502,6 +511,19 @@ def declared_by(
     if warm_up is None: warm_up = {} if engineer is None else engineer.catalogue().set_index('name').warm_up
     return np.array([warm_up.get(n, np.nan) for n in names] if hasattr(warm_up, 'get') else [warm_up] * len(names), float)
 
+def streams(
+    s: Subject,
+    tally: Tally,
+    engineer: AdvancedFeatureEngineer,
+    first: int,            # First bar
+    declared: np.ndarray,  # Declared warm-up [F]
+) -> Tally:
+    "An engineer's stream past its longest warm-up on bars alone, and 200 bars with its sources (a stream reads all of a source at each bar)"
+    n = int(min(s.T - first, np.nanmax(np.r_[declared, 200]) + 200))
+    streamed(s, tally, engineer, first, n, sourced=False)
+    return streamed(s, tally, engineer, first, min(n, 200)) if s.sources else tally
+
+# %% ../nbs/40_audit.ipynb #194c89b9
 def check_again(
     s: Subject,
     tolerance: float,
@@ -521,7 +543,7 @@ def check_again(
     rows += [(n, 'values', 'NOTE', np.nan, 0, pd.NaT, 'no value on these bars: nothing could be tried') for n in np.array(s.names)[void]]
     return empty, (base, spread, void), rows
 
-# %% ../nbs/40_audit.ipynb #194c89b9
+# %% ../nbs/40_audit.ipynb #c2335711
 def audit(
     features,                # AdvancedFeatureEngineer; families or steps, or a list of them; or a function: bars -> one row a bar
     bars,                    # Bars of one or several coins, as the function takes them
@@ -546,7 +568,7 @@ def audit(
         sourced, blame = knowledge_rows(s, empty, rng)
         more, leaks = look_ahead(s, empty, cuts, rng, blame)
         if engineer is None: live = growing(s, empty(), int(rng.integers(s.T // 2, s.T - 26)), 25)
-        else: live = streamed(s, empty(), engineer, first := int(rng.integers(0, s.T // 20 + 1)), int(min(s.T - first, np.nanmax(np.r_[declared, 200]) + 200)))
+        else: live = streams(s, empty(), engineer, int(rng.integers(0, s.T // 20 + 1)), declared)
         rows += more + verdicts('stream', live, 'the newest row, one bar at a time, is not that of history')
         rows += sourced
         leaks[list(blame)] = True
@@ -631,7 +653,8 @@ def audit_positions(
     **options,       # As in `audit`
 ) -> Audit:
     "Whether positions see the future, and whether a backtest fills them at the close that decided them"
-    result = audit(positions, bars, seed=seed, n_bars=n_bars, **options)
+    def named(b, **sources): return out.rename('position') if isinstance(out := positions(b, **sources), pd.Series) else out
+    result = audit(named, bars, seed=seed, n_bars=n_bars, **options)
     if returns is None: return result
     s, words = Subject(positions, bars, None, n_bars), ''
     try: a = np.abs(who_earns(s, returns, np.random.default_rng(seed)))

@@ -98,6 +98,7 @@ def sections(
 KERNEL = '''import math
 import numpy as np
 from numba import njit, types
+_bare = dict(error_model='numpy', no_cpython_wrapper=True, no_cfunc_wrapper=True)
 {source}
 read = lambda t, d: types.Array(t, d, 'A', readonly=True)
 run = njit(types.void(read(types.float64, 3), read(types.boolean, 2), read(types.int64, 1), read(types.boolean, 1), types.int64, types.float64[:, :, :]),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'own_columns', 'all_features', 'make_inputs', 'split', 'ForecasterConfig', 'Forecaster', 'needed_history',
-           'make_labels', 'present', 'begin', 'train', 'forecast', 'importance', 'save_forecaster', 'load_forecaster']
+           'make_labels', 'present', 'begin', 'train', 'forecast', 'importance', 'save_forecaster', 'load_forecaster',
+           'rebuild']
 
 # %% ../nbs/36_forecaster.ipynb #f1cdd6ce
 import threading
@@ -179,10 +180,12 @@ def present(inputs: Inputs, rows: np.ndarray, least: float = .05) -> Inputs:
 def begin(inputs: Inputs, rows: np.ndarray, config: ForecasterConfig) -> Forecaster:
     "A forecaster with its inputs chosen and its scale fitted on `rows` ([N, T], bool), and an untrained network"
     inputs = present(inputs, rows & inputs.panel.mask)
-    torch.manual_seed(config.seed)
-    network = NetworkConfig(n_past=len(inputs.names) + len(inputs.groups), n_future=len(CALENDAR) + 1, n_static=len(STATIC),
-                            horizons=config.horizons, round_trip=config.round_trip, **SIZES[config.size])
-    return Forecaster(config, inputs.names, inputs.groups, Scaler.fit(inputs.x, rows & inputs.panel.mask), Network(network))
+    sizes = NetworkConfig(n_past=len(inputs.names) + len(inputs.groups), n_future=len(CALENDAR) + 1, n_static=len(STATIC),
+                          horizons=config.horizons, round_trip=config.round_trip, **SIZES[config.size])
+    with torch.random.fork_rng([]):                          # the caller's random numbers stay his
+        torch.manual_seed(config.seed)
+        network = Network(sizes)
+    return Forecaster(config, inputs.names, inputs.groups, Scaler.fit(inputs.x, rows & inputs.panel.mask), network)
 
 # %% ../nbs/36_forecaster.ipynb #1d197843
 def train(
@@ -267,9 +270,18 @@ def load_forecaster(root, device: str = 'cpu') -> tuple[Forecaster, dict]:
     try:
         if m['kind'] != 'forecaster': raise StateError(f"{root} holds a {m['kind']}, not a forecaster")
         tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        network = Network(NetworkConfig(**tuples(m['network'])))
-        network.load_state_dict(tensors['network'])
-        scaler = Scaler(tensors['scaler']['center'].numpy(), tensors['scaler']['scale'].numpy(), m['clip'])
+        scaler = Scaler(tensors['scaler']['center'].numpy(), tensors['scaler']['scale'].numpy(), float(m['clip']))
+        network, n = rebuild(NetworkConfig(**tuples(m['network'])), tensors['network']), len(m['names'])
+        fits = n == len(set(m['names'])) == len(scaler.center) == len(scaler.scale) == network.config.n_past - len(m['groups']) and scaler.clip > 0
+        if not fits or sorted(j for c in m['groups'].values() for j in c) != list(range(n)): raise ValueError('names, groups, scale and network do not fit one another')
         return Forecaster(ForecasterConfig(**tuples(m['config'])), m['names'], m['groups'], scaler, network.to(pick_device(device))), m['about']
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise StateError(f'{root} does not hold a forecaster this version can read: {e}') from e
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise e if isinstance(e, StateError) else StateError(f'{root} does not hold a forecaster this version can read: {e}') from e
+
+def rebuild(config: NetworkConfig, weights: dict) -> Network:
+    "A network with these weights; nothing is allocated before its shapes are those of the weights"
+    with torch.device('meta'): shapes = {k: v.shape for k, v in Network(config).state_dict().items()}
+    if shapes != {k: v.shape for k, v in weights.items()}: raise ValueError('the weights are not those of its network')
+    network = Network(config)
+    network.load_state_dict(weights)
+    return network

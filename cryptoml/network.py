@@ -32,6 +32,10 @@ class NetworkConfig:
     quantiles: tuple[float, ...] = (.05, .25, .5, .75, .95)   # Levels of path and volatility
     round_trip: float = 0.0014     # Cost of a round trip, fraction
 
+    def __post_init__(self):
+        sizes = dict(n_past=self.n_past, n_future=self.n_future, n_static=self.n_static, lookback=self.lookback, d_model=self.d_model, n_heads=self.n_heads, horizon=max(self.horizons, default=0))
+        if bad := {k: v for k, v in sizes.items() if not isinstance(v, int) or not 1 <= v <= 8192}: raise ValueError(f'sizes must be whole numbers from 1 to 8192, got {bad}')
+
     @property
     def stride(self) -> int: return math.gcd(*self.horizons)
     @property
