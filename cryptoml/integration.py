@@ -50,7 +50,8 @@ class Config:
         if not isinstance(c.round_trip, (int, float)) or not 0 <= c.round_trip < 1: raise ValueError(f'round_trip must be a fraction from 0, got {c.round_trip!r}')
         if not isinstance(c.state_dir, (str, Path)) or not str(c.state_dir): raise ValueError(f'state_dir must be the path of a folder, got {c.state_dir!r}')
         if not isinstance(c.max_age or {}, dict) or set(c.max_age or {}) - set(ages): raise ValueError(f'max_age must be a dict with keys among {", ".join(ages)}, got {c.max_age!r}')
-        for v in (c.max_age or {}).values(): parse_timeframe(pd.Timedelta(v) if isinstance(v, str) and ' ' in v else v)
+        try: any(parse_timeframe(v) for v in (c.max_age or {}).values())
+        except DataError as e: raise ValueError(f'max_age: {e}') from e
         return replace(c, horizons=tuple(sorted(c.horizons)))
 
 # %% ../nbs/52_integration.ipynb #f9ed7515
@@ -158,6 +159,7 @@ def masked(
     return ([f'{(~there).sum()} of the last {len(there)} bars are missing'] if (~there).any() else []) + ([f'{len(lost)} inputs of training are missing, first {lost[0]}'] if lost else []) \
         + ([f'bars of {", ".join(others[:3])} were not given: {len(others)} of {len(s.terms.symbols)} coins'] if others else [])
 
+# %% ../nbs/52_integration.ipynb #f8879458
 def predict_newest(
     s: Snapshot,
     data, symbol: str | None,      # Bars, and the symbol to predict; None: every coin of the model
@@ -222,8 +224,6 @@ def train_snapshot(
     return Snapshot(f, terms), dict(epochs=history.to_dict('records'), best_epoch=int(best.epoch), verdict=vars(word), rows=test.rows(), threshold=terms.threshold, data=str(report)), out
 
 # %% ../nbs/52_integration.ipynb #f350f50d
-LATER = 'is not part of this version yet'
-
 class Keeper:
     "Trains, saves and loads a model; the live one is replaced in one assignment"
     def __init__(
@@ -234,8 +234,7 @@ class Keeper:
         self.config, self.device, self._given = Config.read(config or {}), str(pick_device(device)), dict(config or {})
         self.max_age = MaxAge(**self.config.max_age or {})
         if self.config.threads: torch.set_num_threads(self.config.threads)
-        self.snapshot, self._checkpoints, self._seen = None, None, {}   # the live model; folder of its training; symbol to (prediction, its terms)
-        self._training = threading.Lock()
+        self.snapshot, self._checkpoints, self._seen, self._training = None, None, {}, threading.Lock()   # live model, folder of its training, symbol to (prediction, snapshot)
 
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != '_training'}
     def __setstate__(self, state): self.__dict__.update(state, _training=threading.Lock())
@@ -267,6 +266,8 @@ class Keeper:
         _load(self, path)
 
 # %% ../nbs/52_integration.ipynb #3ecd714c
+LATER = 'is not part of this version yet'
+
 def _train(ai, data, symbols, epochs, optimize_hyperparams, extra, stop, sources) -> dict:
     if optimize_hyperparams: raise NotImplementedError(f'optimize_hyperparams=True {LATER}: leave it out')
     if not ai._training.acquire(blocking=False): raise StateError('this object is training already: wait for it, or use another one')
@@ -314,7 +315,7 @@ class UltimateTradingAI(Keeper):
     ) -> Signal | None:                        # None: no prediction of this coin yet, or not confident enough
         "What to do about a coin, from its last prediction"
         seen = self._seen.get(_name(symbol))
-        return None if seen is None else make_signal(*seen, min_confidence, now, self.max_age)
+        return None if seen is None else make_signal(seen[0], seen[1].terms, min_confidence, now, self.max_age)
 
     def target_weights(self, now=None) -> dict[str, float | None]:
         "Target weights of all coins of the model, from their last predictions; None: no usable one, keep what is held"
@@ -342,14 +343,15 @@ def _predict(ai, data, symbol, now, extra, sources) -> dict:
     s = ai.live()
     try: found = predict_newest(s, data, symbol, _clock(now), extra, sources, ai.max_age.skew)
     except Exception as e:      # what was said before this failure must not be acted on
-        ai._seen |= {x: (_empty(s, x, None, [f'the last prediction failed: {e}']), s.terms) for x in (s.terms.symbols if symbol is None else [_name(symbol)])}
+        ai._seen |= {x: (_empty(s, x, None, [f'the last prediction failed: {e}']), s) for x in (s.terms.symbols if symbol is None else [_name(symbol)])}
         raise
-    ai._seen |= {k: (p, s.terms) for k, p in found.items()}
+    ai._seen |= {k: (p, s) for k, p in found.items()}
     return found if symbol is None else found[_name(symbol)]
 
 def _weights(ai, now) -> dict:
-    terms, last = ai.live().terms, dict(ai._seen)
-    seen = {k: last[k][0] for k in terms.symbols if k in last and last[k][1] == terms and not doubts(*last[k], now, ai.max_age)}
+    live, last = ai.live(), dict(ai._seen)
+    terms = live.terms
+    seen = {k: last[k][0] for k in terms.symbols if k in last and last[k][1] is live and not doubts(last[k][0], terms, now, ai.max_age)}
     newest = max((p['data_time'] for p in seen.values()), default=None)
     of = lambda key: np.array([key(seen[k]) if k in seen and seen[k]['data_time'] == newest else np.nan for k in terms.symbols], float)
     w = book_weights(of(lambda p: p['size'][-1]), of(lambda p: p['sigma']), Policy(**terms.policy))

@@ -66,7 +66,7 @@ def calendar(
 ) -> np.ndarray:             # float32 [T, 4], in CALENDAR's order
     "Hour of the day and day of the week on circles"
     hour = 2 * np.pi * np.asarray(time.hour + time.minute / 60) / 24
-    day = 2 * np.pi * np.asarray(time.weekday + time.hour / 24) / 7
+    day = 2 * np.pi * np.asarray(time.day_of_week + time.hour / 24) / 7
     return np.stack([np.sin(hour), np.cos(hour), np.sin(day), np.cos(day)], -1).astype(np.float32)
 
 # %% ../nbs/19_windows.ipynb #937820e9

@@ -220,18 +220,17 @@ def test_candles_of_an_exchange(real):
 def test_malformed_rows(desk, rows, word): holds(desk, rows(candles(desk)), word)
 
 def test_one_coin_dead(desk):
-    "Its signals hold; the other coin goes on as if nothing had happened"
+    "Its signals hold; those of a coin that was compared with it hold too and say so; one that was not goes on as if nothing had happened"
     mine = desk.bars['symbol'] == S
     dead = desk.bars[~mine | (desk.bars['time'] < desk.now - 26 * H)]
-    live = desk.ai.predict_sync(desk.bars, OTHER, desk.now)
     holds(desk, dead, 'stale|missing')
     both = desk.ai.predict_sync(dead, None, desk.now)
-    assert both[OTHER] == live and desk.ai.get_trading_signal(OTHER, 0., desk.now)['action'] != 'HOLD' and desk.ai.get_trading_signal(S, 0., desk.now)['action'] == 'HOLD'
-    w = desk.ai.target_weights(desk.now)
-    assert w[S] is None and w[OTHER] != 0
-    same(desk, desk.bars[mine | (desk.bars['time'] < desk.now - 26 * H)])
+    assert 'crossexchange inputs are missing' in both[OTHER]['faults'][0] and 'other coins' in both[OTHER]['faults'][0]
+    assert desk.ai.get_trading_signal(OTHER, 0., desk.now)['action'] == desk.ai.get_trading_signal(S, 0., desk.now)['action'] == 'HOLD'
+    assert desk.ai.target_weights(desk.now) == {S: None, OTHER: None}
+    same(desk, desk.bars[mine | (desk.bars['time'] < desk.now - 26 * H)])               # Bitcoin is compared with nothing here
     holds(desk, desk.bars[~mine], f'no bar of {S}')
-    for bad in (changed(desk, 'close', np.nan), changed(desk, PRICES, 0.)): assert desk.ai.predict_sync(bad, None, desk.now)[OTHER] == live
+    for bad in (changed(desk, 'close', np.nan), changed(desk, PRICES, 0.)): assert 'crossexchange' in desk.ai.predict_sync(bad, None, desk.now)[OTHER]['faults'][0]
 
 def test_bars_of_one_coin_alone(desk):
     "Allowed; what then lacks of the other coins is said, or changes nothing"
