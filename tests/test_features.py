@@ -7,102 +7,157 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from cryptoml.crossexchange import cross_frame, funding_frame
 from cryptoml.data import DataError, clean, market_frame, to_panel
 from cryptoml.engine import family
 from cryptoml.features import FAMILIES, AdvancedFeatureEngineer, catalogue
+from cryptoml.onchain import onchain_frame
 from cryptoml.simulate import simulate
 
 needs_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
-engineer = AdvancedFeatureEngineer()
+engineer, technical = AdvancedFeatureEngineer(), AdvancedFeatureEngineer(['technical'])
 table = catalogue()
 
 
+def other_venues(bars, seed=0):
+    "Bars of a second spot venue and of perpetuals, a little off"
+    rng = np.random.default_rng(seed)
+    off = lambda k: bars.assign(close=bars.close * np.exp(rng.normal(0, k, len(bars))), volume=bars.volume * rng.uniform(.5, 1.5, len(bars)), open_interest=1000 * np.exp(rng.normal(0, .01, len(bars)).cumsum()))
+    return pd.concat([cross_frame(off(5e-4), 'kraken'), cross_frame(off(1e-3), 'binance', 'perp')], ignore_index=True)
+
+
 def simulated():
-    "Two coins with missing bars, bad bars and a gap of two days"
-    bars = simulate(n_symbols=2, n_bars=3000, seed=3).bars
-    bars.loc[[700, 3700], 'close'] = np.nan
+    "Six coins with missing bars, bad bars and a gap of two days, and their sources"
+    market = simulate(n_symbols=6, n_bars=2000, seed=3)
+    sources = dict(onchain=market.onchain, funding=market.funding, cross_exchange=other_venues(market.bars))
+    bars = market.bars
+    bars.loc[[700, 2700], 'close'] = np.nan
     bars.loc[[1500], 'low'] = bars.loc[1500, 'high'] * 2
-    return bars.drop([*range(400, 405), *range(900, 950), 4000, 4002]).reset_index(drop=True)
+    return bars.drop([*range(400, 405), *range(900, 950), 3000, 3002]).reset_index(drop=True), sources
 
 
 def real():
-    bars = market_frame(Path(os.environ['CRYPTOML_DATA']) / 'spot_1h.parquet', symbols=['BTC/USDT', 'DOGE/USDT'], start='2019-06-01', end='2020-06-01')
-    return clean(bars)[0]
+    "Six coins, their perpetuals, a second venue, funding and Bitcoin's chain"
+    root, span = Path(os.environ['CRYPTOML_DATA']), dict(start='2020-12-01', end='2021-04-01')
+    coins = [f'{c}/USDT' for c in ('BTC', 'ETH', 'ADA', 'DOGE', 'LINK', 'XRP')]
+    read = lambda name, **k: market_frame(root/name, **(span | k))
+    venues = pd.concat([cross_frame(read('perp_1h.parquet', symbols=['BTC/USDT']), 'binance', 'perp'), cross_frame(read('spot_1h_kraken.parquet'), 'kraken')])
+    sources = dict(onchain=onchain_frame(pd.read_parquet(root/'onchain_btc_daily.parquet')), funding=funding_frame(pd.read_parquet(root/'funding_8h.parquet')), cross_exchange=venues)
+    return clean(read('spot_1h.parquet', symbols=coins))[0], sources
 
 
 @pytest.fixture(scope='module', params=['simulated', pytest.param('real', marks=needs_data)])
-def bars(request): return simulated() if request.param == 'simulated' else real()
+def data(request): return simulated() if request.param == 'simulated' else real()
 
 
 @pytest.fixture(scope='module')
-def X(bars): return engineer.transform(bars, '1h')
+def bars(data): return data[0]
+
+
+@pytest.fixture(scope='module')
+def X(data): return engineer.transform(data[0], '1h', **data[1])
 
 
 def bits(a): return np.ascontiguousarray(a).tobytes()
 
 
+def known(sources, now): return {k: v[v.known <= now] for k, v in sources.items()}
+
+
 def test_everything_is_compiled_and_has_values(X):
     assert engineer._batch.plain == []
-    assert X.columns.tolist() == table.name.tolist() and len(table) >= 60
-    assert set(table.family) == set(FAMILIES) and (table[['formula', 'unit']] != '').all(axis=None)
-    taker = table.inputs.str.contains('taker').to_numpy()
-    present = X.notna().mean()
-    assert (present[~taker] > 0.6).all() and not np.isinf(X.to_numpy()).any()
+    assert X.columns.tolist() == table.name.tolist() and len(table) >= 150
+    assert set(table.family) == set(FAMILIES) and (table[['formula', 'unit', 'inputs', 'delay']] != '').all(axis=None)
+    per = table.groupby('family').size()
+    assert per.technical >= 110 and per.onchain >= 10 and per.microstructure >= 12 and per.crossexchange >= 10 and per.crosssection >= 12
+    plain = ~table.inputs.str.contains('taker|frame|trades')
+    there = X.notna().mean()[plain.to_numpy()]
+    assert (there > 0.05).all() and there.mean() > 0.9, there.nsmallest(5)
+    assert not np.isinf(X.to_numpy()).any()
+    given = table.inputs.str.contains('funding frame|cross_exchange frame').to_numpy()
+    assert X.loc['BTC/USDT'].loc[:, given].notna().any().mean() > 0.6
 
 
-def test_truncation(bars, X):
-    "Suite 1: the value at t from data cut at t is the value from all data, to the last bit"
-    for symbol, frame in bars.groupby('symbol'):
-        full = X.loc[symbol].to_numpy()
-        for t in [*range(0, 60, 7), *np.linspace(60, len(frame) - 1, 25).astype(int)]:
-            assert bits(engineer.transform(frame[:t + 1], '1h').to_numpy()[-1]) == bits(full[t]), (symbol, t)
+def test_truncation(data, X):
+    "Suite 1: the value at t from bars and sources cut at t is the value from all data, to the last bit"
+    bars, sources = data
+    times = np.sort(bars.time.unique())
+    for t in times[[3, 40, *np.linspace(60, len(times) - 1, 16).astype(int)]]:
+        t = pd.Timestamp(t)
+        cut = engineer.transform(bars[bars.time <= t], '1h', **known(sources, t + pd.Timedelta('1h')))
+        assert bits(cut.xs(t, level='time')) == bits(X.xs(t, level='time')), t
 
 
-def test_warm_up(bars, X):
+def test_what_comes_later_cannot_reach_back(data, X):
+    bars, sources = data
+    late, edge = bars.time > bars.time.quantile(0.7), bars.time.quantile(0.7) + pd.Timedelta('1h')
+    changed = bars.copy()
+    changed.loc[late, ['open', 'high', 'low', 'close', 'volume']] *= 7
+    def spoilt(frame):
+        numbers = frame.select_dtypes('number').columns
+        return frame.assign(**{c: frame[c].where(frame.known <= edge, 7 * frame[c]) for c in numbers})
+    Z = engineer.transform(changed, '1h', **{k: spoilt(v) for k, v in sources.items()})
+    assert bits(Z[~late.to_numpy()]) == bits(X[~late.to_numpy()])
+
+
+def test_warm_up():
     "Suite 2: at the declared warm-up the start has less than 1e-3 standard deviations of influence, and `first` is the first value"
-    steady = clean(bars)[0].query('symbol == "BTC/USDT"').reset_index(drop=True)
-    edge = np.r_[0, np.flatnonzero(np.diff(steady.time) > pd.Timedelta('25h')) + 1, len(steady)]            # longer gaps are a new start
-    k = np.diff(edge).argmax()
-    steady = steady[edge[k]:edge[k + 1]]
-    full, rows = engineer.transform(steady, '1h').to_numpy(), table.warm_up.to_numpy() - 1
-    starts = np.linspace(200, len(steady) - rows.max() - 2, 20).astype(int)
-    assert starts[-1] > 300
-    parts = np.array([engineer.transform(steady[s:s + rows.max() + 1], '1h').to_numpy() for s in starts])
-    cols = np.arange(len(table))
+    market = simulate(n_symbols=6, n_bars=2600, seed=5)
+    bars, sources, name = market.bars, dict(funding=market.funding, cross_exchange=other_venues(market.bars)), 'ETH/USDT'
+    full, rows, cols = engineer.transform(bars, '1h', **sources).loc[name].to_numpy(), table.warm_up.to_numpy() - 1, np.arange(len(table))
+    starts, times = np.linspace(400, 2600 - rows.max() - 2, 8).astype(int), bars.time.unique()
+    part = lambda s: engineer.transform(bars[(bars.time >= times[s]) & (bars.time <= times[s + rows.max()])], '1h', **sources).loc[name].to_numpy()
+    parts = np.array([part(s) for s in starts])
     present = ~np.isnan(full).all(0)
-    left = np.abs(parts[:, rows, cols] - full[starts[:, None] + rows, cols]).max(0) / pd.DataFrame(full).std().to_numpy()
+    now, then = parts[:, rows, cols], full[starts[:, None] + rows, cols]
+    same = (now == then) | np.isnan(now) & np.isnan(then)                                   # constant, or a source that has not spoken yet
+    left = np.where(same, 0, np.abs(now - then) / np.maximum(pd.DataFrame(full).std().to_numpy(), 1e-300)).max(0)
     assert pd.Series(left, table.name)[present & ~(left < 1e-3)].empty
-    begun = ~np.isnan(parts)
+    begun, present = ~np.isnan(parts), present & ~table.inputs.str.contains('funding').to_numpy()    # funding counts settlements
     assert ((begun.argmax(1) == table['first'].to_numpy() - 1) | ~present).all()
     assert (begun.sum(1) == rows.max() + 1 - begun.argmax(1))[:, present].all()            # and no hole after it
 
 
-def test_stream_is_batch(bars, X):
-    "Suite 3: one bar at a time, to the last bit, saved and restored on the way"
-    for symbol, frame in bars.groupby('symbol'):
-        stream, out = engineer.stream(symbol, '1h'), []
-        for k, bar in enumerate(frame.to_dict('records')):
-            if k % 997 == 0:
-                kept, stream = stream.state(), engineer.stream(symbol, '1h')
-                stream.restore(kept)
-            out.append(stream.update(bar))
-        assert bits(np.array(out)) == bits(X.loc[symbol])
+def test_stream_is_batch(data):
+    "Suite 3: bars alone, one time after the other, to the last bit, saved and restored on the way"
+    bars = data[0]
+    X, stream, out = engineer.transform(bars, '1h'), engineer.panel_stream(sorted(bars.symbol.unique()), '1h'), {}
+    for k, (t, rows) in enumerate(bars.groupby('time')):
+        if k % 997 == 0:
+            kept, stream = stream.state(), engineer.panel_stream(stream.symbols, '1h')
+            stream.restore(kept)
+        Y = stream.update({r['symbol']: r for r in rows.to_dict('records')})
+        out |= {(s, t): Y[stream.symbols.index(s)] for s in rows.symbol}
+    assert bits(np.array(list(out.values()))) == bits(X.loc[list(out)])
 
 
-def test_table_array_and_single_symbols_agree(bars, X):
-    for symbol, frame in bars.groupby('symbol'): assert bits(engineer.transform(frame, '1h')) == bits(X.loc[symbol])
-    good = clean(bars)[0]
+def test_stream_with_sources_is_batch(data):
+    "The same with every source as it was known at each close"
+    bars, sources = data
+    bars = bars[bars.time < bars.time.min() + pd.Timedelta('190h')]
+    bars = bars[bars.symbol.isin(['BTC/USDT', *sorted(bars.symbol.unique())[:2]])]
+    X, stream, out = engineer.transform(bars, '1h', **sources), engineer.panel_stream(sorted(bars.symbol.unique()), '1h'), {}
+    for t, rows in bars.groupby('time'):
+        now = t + pd.Timedelta('1h')
+        back = dict(onchain='376D', funding='31D', cross_exchange='6h')
+        Y = stream.update({r['symbol']: r for r in rows.to_dict('records')}, **{k: v[v.known > now - pd.Timedelta(back[k])] for k, v in known(sources, now).items()})
+        out |= {(s, t): Y[stream.symbols.index(s)] for s in rows.symbol}
+    assert bits(np.array(list(out.values()))) == bits(X.loc[list(out)])
+
+
+def test_a_coin_alone_is_its_own_stream(data):
+    bars = data[0][data[0].symbol == 'BTC/USDT']
+    stream, X = engineer.stream('BTC/USDT', '1h'), engineer.transform(bars, '1h')
+    assert bits(np.array([stream.update(bar) for bar in bars.to_dict('records')])) == bits(X)
+    assert X.loc[:, table.inputs.str.contains('other coins|frame').to_numpy()].isna().all(axis=None)
+
+
+def test_table_and_array_agree(data):
+    good = clean(data[0])[0]
     panel = to_panel(good)
-    Z = engineer.transform_panel(panel)
+    Z = engineer.transform_panel(panel, **data[1])
     assert Z.dtype == np.float64 and Z.shape == (*panel.mask.shape, len(table))
-    assert bits(Z[panel.mask]) == bits(engineer.transform(good)) and np.isnan(Z[~panel.mask]).all()
-
-
-def test_a_later_bar_cannot_reach_back(bars, X):
-    changed = bars.copy()
-    late = changed.time > changed.time.quantile(0.7)
-    changed.loc[late, ['open', 'high', 'low', 'close', 'volume']] *= 7
-    assert bits(engineer.transform(changed, '1h')[~late.to_numpy()]) == bits(X[~late.to_numpy()])
+    assert bits(Z[panel.mask]) == bits(engineer.transform(good, **data[1])) and np.isnan(Z[~panel.mask]).all()
 
 
 # --- hostile bars
@@ -144,14 +199,16 @@ def test_hostile_bars_give_no_infinity(frame):
 def test_a_frozen_market_has_values_everywhere(price, volume):
     frame = pd.DataFrame(dict(time=pd.date_range('2021-01-01', periods=1300, freq='h', tz='UTC'), symbol='A/USDT', open=price, high=price, low=price, close=price,
                               volume=volume, taker_buy_volume=volume / 2))
-    last = engineer.transform(frame).iloc[-1]
+    last = technical.transform(frame).iloc[-1]
     assert last.notna().all(), last[last.isna()].index.tolist()
 
 
 # --- clocks, processes, errors
 
+def one_coin(n): return simulated()[0].query('symbol == "BTC/USDT"')[:n].reset_index(drop=True)
+
 def test_any_zone_and_unit_of_time_is_the_same():
-    frame = simulated()[:500]
+    frame = one_coin(500)
     expected = bits(engineer.transform(frame, '1h'))
     for time in (frame.time.dt.tz_localize(None), frame.time.dt.tz_convert('America/New_York'), frame.time.astype('int64') // 1000, frame.time.astype(str)):
         assert bits(engineer.transform(frame.assign(time=time), '1h')) == expected
@@ -171,10 +228,10 @@ def test_other_timeframes():
 
 
 def test_optional_columns_may_be_absent():
-    frame = simulated()[:300]
+    frame = one_coin(300)
     some = engineer.transform(frame.drop(columns=['quote_volume', 'trades', 'taker_buy_volume']), '1h')
     full = engineer.transform(frame, '1h')
-    reads = table.inputs.str.contains('taker|trades|quote').to_numpy()
+    reads = table.inputs.str.contains('taker|trades|quote').to_numpy() | table.inputs.str.contains('frame').to_numpy()
     assert bits(some.loc[:, ~reads]) == bits(full.loc[:, ~reads]) and some.loc[:, reads].isna().all(axis=None)
 
 
@@ -184,13 +241,13 @@ def test_one_s_own_step_and_what_it_needs():
     own = AdvancedFeatureEngineer([gap_to_mean])
     assert own.columns == ['gap_to_mean'] and own.family_of == ['own'] and own.model_ready == [True]
     both = AdvancedFeatureEngineer(['technical', gap_to_mean])
-    assert both.columns == [*engineer.columns, 'gap_to_mean']
-    frame = simulated()[:300]
+    assert both.columns == [*technical.columns, 'gap_to_mean']
+    frame = one_coin(300)
     np.testing.assert_array_equal(own.transform(frame, '1h')['gap_to_mean'], -both.transform(frame, '1h')['sma_distance_20'])
 
 
 def test_errors_say_what_is_wrong():
-    frame = simulated()[:50]
+    frame = one_coin(50)
     with pytest.raises(TypeError, match='unknown source gossip'): engineer.transform(frame, gossip=None)
     with pytest.raises(TypeError, match='unknown source gossip'): engineer.stream('BTC/USDT').update(frame.iloc[0], gossip=None)
     assert len(engineer.transform(frame, '1h', onchain=None, sentiment=None)) == 50
@@ -199,7 +256,7 @@ def test_errors_say_what_is_wrong():
     bar = frame.iloc[0].to_dict()
     with pytest.raises(DataError, match='no stream for XRP/USDT'): panel.update({'XRP/USDT': bar})
     with pytest.raises(DataError, match='2 different times'): panel.update({'BTC/USDT': bar, 'ETH/USDT': frame.iloc[1].to_dict() | dict(symbol='ETH/USDT')})
-    with pytest.raises(ValueError, match='nothing of ETH/USDT'): panel.restore({'BTC/USDT': engineer.stream('BTC/USDT').state()})
+    with pytest.raises(ValueError, match='nothing of ETH/USDT'): panel.restore({'BTC/USDT': engineer.stream('BTC/USDT').state(), '': b''})
 
 
 def test_another_process_reads_the_state():
