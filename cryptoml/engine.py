@@ -10,7 +10,7 @@ __all__ = ['BARS', 'NAMES', 'PARTS', 'PRELUDE', 'DRIVER', 'REFRESH', 'log', 'BUS
            'run_engine', 'run_plains']
 
 # %% ../nbs/10_engine.ipynb #f8b99b58
-import ast, contextlib, getpass, hashlib, inspect, logging, math, os, re, stat, subprocess, sys, tempfile, textwrap, threading, types
+import ast, contextlib, functools, getpass, hashlib, inspect, logging, math, os, re, stat, subprocess, sys, tempfile, textwrap, threading, types
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +116,7 @@ def chained(
     return bars
 
 # %% ../nbs/10_engine.ipynb #950d7259
+@functools.cache
 def text_of(
     f: Callable,  # Function, in a file or a notebook cell
 ) -> str:         # Its text without decorators and comments
@@ -178,7 +179,9 @@ def _local(kind, size):                                         # numbers on the
 '''
 
 # %% ../nbs/10_engine.ipynb #69a123fd
-DRIVER = PRELUDE + '''{source}
+PARTS[PRELUDE_KEY := key_of('prelude', PRELUDE)] = PRELUDE
+DRIVER = f'from {PRELUDE_KEY} import math, np, njit, cfunc, types, carray, _bare, _to, _get, _put, _local' + '''
+{source}
 _step = njit(forceinline=True, **_bare)({name})
 _y, _c, _r, _s = _local(types.float64, {k}), _local(types.float64, {n_c}), _local(types.float64, {n_r}), _local(types.float64, {n_s})
 _W, _out = _local(types.int64, {n_W}), _local(types.int64, {k})
