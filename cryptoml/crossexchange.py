@@ -9,8 +9,8 @@ __all__ = ['DOLLARS', 'FUNDING_NAMES', 'MAX_AGE', 'CROSS_COLUMNS', 'FUNDING_COLU
            'funding_at_bars', 'z_score', 'market_now', 'market_at_bars', 'score', 'venue', 'venue_gap_z', 'pair_sums',
            'slope_and_correlation', 'lead_lag', 'venue_share', 'perp_volume_ratio', 'perpetual', 'basis_change',
            'basis_level', 'open_interest_change', 'triangle', 'triangle_gap_z', 'funding_rate_bp', 'funding_change_bp',
-           'funding_z_week', 'funding_z_month', 'against_market', 'against_btc', 'relative_strength_market',
-           'relative_strength_btc', 'market_beta', 'btc_beta']
+           'funding_z_week', 'funding_z_month', 'relative_strength_market', 'relative_strength_btc', 'market_beta',
+           'btc_beta']
 
 # %% ../nbs/14_crossexchange.ipynb #c8b439c6
 import math
@@ -423,19 +423,13 @@ def funding_z_week(funding_score_21, W, s, n, y): y[0] = funding_score_21
 def funding_z_month(funding_score_90, W, s, n, y): y[0] = funding_score_90
 
 # %% ../nbs/14_crossexchange.ipynb #95d88827
-@family('excess_market', feature=False, unit='log return', formula='r-m')
-def against_market(log_return, market_return, W, s, n, y): y[0] = log_return - market_return
+@family('relative_strength_market_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula='\\sum_p (r-m)', source='Levy 1967')
+def relative_strength_market(log_return, market_return, W, s, n, y, r):
+    for j in range(len(W)): y[j] = slide(s, 4 * j, log_return, W[j], n, r[j]) - slide(s, 4 * j + 2, market_return, W[j], n, r[j])
 
-@family('excess_btc', feature=False, unit='log return', formula=r'r-r^{\mathrm{BTC}}')
-def against_btc(log_return, btc_return, W, s, n, y): y[0] = log_return - btc_return
-
-@family('relative_strength_market_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='log return', formula='\\sum_p (r-m)', source='Levy 1967')
-def relative_strength_market(excess_market, W, s, n, y, r):
-    for j in range(len(W)): y[j] = slide(s, 2 * j, excess_market, W[j], n, r[j])
-
-@family('relative_strength_btc_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\sum_p (r-r^{\mathrm{BTC}})', source='Levy 1967')
-def relative_strength_btc(excess_btc, W, s, n, y, r):
-    for j in range(len(W)): y[j] = slide(s, 2 * j, excess_btc, W[j], n, r[j])
+@family('relative_strength_btc_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\sum_p (r-r^{\mathrm{BTC}})', source='Levy 1967')
+def relative_strength_btc(log_return, btc_return, W, s, n, y, r):
+    for j in range(len(W)): y[j] = slide(s, 4 * j, log_return, W[j], n, r[j]) - slide(s, 4 * j + 2, btc_return, W[j], n, r[j])
 
 # %% ../nbs/14_crossexchange.ipynb #7f9a2995
 @family('beta_market_{p} correlation_market_{p}', windows=(168, 720), state=7, first=lambda p: p, past=lambda p: p, unit=('slope', '-1 to 1'), formula=(r'\mathrm{cov}_p(r,m)/\mathrm{var}_p(m)', r'\rho_p(r,m)'), source=('Sharpe 1964', ''))

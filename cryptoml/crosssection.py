@@ -12,7 +12,7 @@ import functools, math
 from dataclasses import dataclass
 import numpy as np
 from .engine import family, load, with_names
-from .technical import slide
+from .technical import slide, slide_size
 
 # %% ../nbs/16_crosssection.ipynb #39f9a5cd
 def insertion_sort(
@@ -135,10 +135,9 @@ def cross_section(
     return out
 
 # %% ../nbs/16_crosssection.ipynb #a9294b47
-@family('cross_return_{p}', windows=(336, 720), first=lambda p: p + 1, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})', source='Jegadeesh and Titman 1993', feature=False)
-def cross_returns(log_close, W, s, n, y):
-    m = len(log_close) - 1
-    for j in range(len(W)): y[j] = log_close[m] - log_close[m - W[j]]
+@family('cross_return_{p}', windows=(336, 720), state=2, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})', source='Jegadeesh and Titman 1993', feature=False)
+def cross_returns(log_return, W, s, n, y, r):
+    for j in range(len(W)): y[j] = slide(s, 2 * j, log_return, W[j], n, r[j])
 
 # %% ../nbs/16_crosssection.ipynb #acef31b8
 @family('cross_close_location_{p}', windows=(24,), state=2, first=lambda p: p, past=lambda p: p, unit='-1 to 1', formula=r'\tfrac1p\sum((C-L)-(H-C))/(H-L)', source='Chaikin', feature=False)
@@ -148,9 +147,9 @@ def cross_location(clv, W, s, n, y, r):
 # %% ../nbs/16_crosssection.ipynb #dc56f10b
 @family('cross_size_{p} cross_illiquidity_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p, unit=('log of quote currency per bar', 'log return per quote currency, in logarithms'),
         formula=(r'\ln\tfrac1p\sum PV', r'\ln(\sum|r|/\sum PV)'), source=('Liu, Tsyvinski and Wu 2022', 'Amihud 2002'), scale_free=False, feature=False)
-def cross_liquidity(dollar_volume, absolute_return, W, s, n, y, r):
+def cross_liquidity(dollar_volume, log_return, W, s, n, y, r):
     for j in range(len(W)):
-        money, moved = slide(s, 4 * j, dollar_volume, W[j], n, r[j]), slide(s, 4 * j + 2, absolute_return, W[j], n, r[j])
+        money, moved = slide(s, 4 * j, dollar_volume, W[j], n, r[j]), slide_size(s, 4 * j + 2, log_return, W[j], n, r[j], 1)
         if money > 0: y[2 * j] = math.log(money / W[j])
         if money > 0 and moved > 0: y[2 * j + 1] = math.log(moved / money)
 

@@ -312,7 +312,7 @@ class AdvancedFeatureEngineer:
     @cached_property
     def _batch(self): return Engine(self._steps, self.engine_columns, self.inputs)
     @cached_property
-    def _live(self): return Engine(self._steps, self.engine_columns, self.inputs, block=16)
+    def _live(self): return Engine(self._steps, self.engine_columns, self.inputs, block=8)
 
     def catalogue(self) -> pd.DataFrame: return catalogue(self.families)
 

@@ -17,7 +17,7 @@ import math, warnings
 import numpy as np, pandas as pd
 from .data import DataError, normalise_symbol, to_utc
 from .engine import Family, family
-from .technical import slide
+from .technical import slide, slide_size
 
 # %% ../nbs/13_microstructure.ipynb #7a5de005
 NAMES = dict(time=('time', 'timestamp', 'date', 'datetime'), known=('known',), symbol=('symbol', 'pair'))
@@ -497,13 +497,12 @@ def tape_bounce(trades_bounce, W, s, n, y): y[0] = trades_bounce
 def tape_spread(trades_spread, W, s, n, y): y[0] = trades_spread
 
 # %% ../nbs/13_microstructure.ipynb #29752c34
-@family('taker_excess taker_flow taker_flow_squared return_times_flow', feature=False, scale_free=False)
+@family('taker_excess taker_flow return_times_flow', feature=False, scale_free=False)
 def taker_base(volume, taker_buy_volume, typical_price, log_return, W, s, n, y):
     excess = min(max(2 * taker_buy_volume - volume, -volume), volume)
     y[0] = abs(excess)
     y[1] = excess * typical_price
-    y[2] = y[1] * y[1]
-    y[3] = y[1] * log_return
+    y[2] = y[1] * log_return
 
 @family('vpin_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum|2V^{\mathrm{taker\ buy}}-V|/\sum V', source='after Easley, Lopez de Prado, O\'Hara 2012')
 def vpin(taker_excess, volume, W, s, n, y, r):
@@ -514,11 +513,11 @@ def vpin(taker_excess, volume, W, s, n, y, r):
 # %% ../nbs/13_microstructure.ipynb #d4f1f923
 @family('kyle_lambda_{p} kyle_impact_{p} flow_correlation_{p}', windows=(168,), state=12, first=lambda p: p, past=lambda p: p, scale_free=(False, True, True), source='Kyle 1985',
         unit=('bp per million quote', "bp per mean bar's volume", '-1 to 1'), formula=(r'10^{10}\,\mathrm{cov}(r,X)/\mathrm{var}(X)', r'10^4\,\bar M\,\mathrm{cov}(r,X)/\mathrm{var}(X)', r'\mathrm{corr}(r,X)'))
-def kyle(log_return, squared_return, taker_flow, taker_flow_squared, return_times_flow, dollar_volume, W, s, n, y, r):
+def kyle(log_return, taker_flow, return_times_flow, dollar_volume, W, s, n, y, r):
     p = W[0]
     f, g = 1. / min(n, p), r[0]
     mean_r, mean_x = f * slide(s, 0, log_return, p, n, g), f * slide(s, 2, taker_flow, p, n, g)
-    rr, xx, rx = f * slide(s, 4, squared_return, p, n, g), f * slide(s, 6, taker_flow_squared, p, n, g), f * slide(s, 8, return_times_flow, p, n, g)
+    rr, xx, rx = f * slide_size(s, 4, log_return, p, n, g, 2), f * slide_size(s, 6, taker_flow, p, n, g, 2), f * slide(s, 8, return_times_flow, p, n, g)
     money = f * slide(s, 10, dollar_volume, p, n, g)
     var_r, var_x, cov = rr - mean_r * mean_r, xx - mean_x * mean_x, rx - mean_r * mean_x
     known = var_x > 1e-9 * xx
@@ -528,8 +527,8 @@ def kyle(log_return, squared_return, taker_flow, taker_flow_squared, return_time
 
 # %% ../nbs/13_microstructure.ipynb #f2ff4401
 @family('amihud_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, scale_free=False, unit='bp per million quote', formula=r'10^{10}\sum|r|/\sum PV', source='after Amihud 2002')
-def amihud(absolute_return, dollar_volume, W, s, n, y, r):
-    moved, money = slide(s, 0, absolute_return, W[0], n, r[0]), slide(s, 2, dollar_volume, W[0], n, r[0])
+def amihud(log_return, dollar_volume, W, s, n, y, r):
+    moved, money = slide_size(s, 0, log_return, W[0], n, r[0], 1), slide(s, 2, dollar_volume, W[0], n, r[0])
     y[0] = 1e10 * moved / money if money > 0 else math.nan
 
 @family('trade_size_ratio_{p}', windows=((24, 168),), state=8, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(\bar M_{24}/\bar M_{168}),\;\bar M\text{ the mean value of a trade}')
