@@ -416,8 +416,12 @@ def usable(bar):
     return 0 < o < np.inf and 0 < l <= h < np.inf and 0 < c < np.inf and 0 <= v < np.inf
 
 # %% ../nbs/10_engine.ipynb #fb2adf4e
-def walk(M, A, history, xin, out, B, max_gap, X, number, Y, y0):
-    t, last, b = int(M[0]), int(M[1]), 0                      # bars in the block; number of the last bar, -1: none
+def walk(M, plan, X, number, Y, y0):
+    t, last, b, B, max_gap, p = int(M[0]), int(M[1]), 0, plan[0], plan[1], 10     # bars in the block; number of the last bar, -1: none
+    A = plan[p:p + plan[2] * plan[3]].reshape((plan[2], plan[3])); p += A.size
+    history = plan[p:p + plan[4] * 2].reshape((plan[4], 2)); p += history.size
+    xin = plan[p:p + plan[5] * 2].reshape((plan[5], 2)); p += xin.size
+    out = plan[p:p + plan[6] * 2].reshape((plan[6], 2))
     before = last
     for q in range(len(number)):
         if number[q] <= before: return q                      # out of order: nothing is touched
@@ -458,7 +462,7 @@ call = intrinsic(call)
 {usable}
 usable = njit(usable)
 {walk}
-walk = njit('i8(f8[::1], i8[:, ::1], i8[:, ::1], i8[:, ::1], i8[:, ::1], i8, i8, f8[:, ::1], i8[::1], f8[:, ::1], i8)', nogil=True, cache=True)(walk)
+walk = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1], f8[:, ::1], i8)', nogil=True, cache=True)(walk)
 '''
 
 def copies(
@@ -613,8 +617,9 @@ class Engine:
         read, ints = {c for f in self.families for c in f.inputs}, lambda v: np.array(v, np.int64).reshape(len(v), -1 if v else 2)
         direct = {c: ~j for j, c in enumerate(self.given) if c not in read and self.given.count(c) == 1}
         at, past, self.state, self.size = layout(self.families, where, inputs, block, direct)
-        self.tables = (table(self.families, where, at, self.state), ints([(at[c], h) for c, h in past.items() if h]),
-                       ints([(at[c], j) for j, c in enumerate(inputs) if c in read]), ints([(at[c], j) for j, c in enumerate(self.given) if c not in direct]))
+        tables = [table(self.families, where, at, self.state), ints([(at[c], h) for c, h in past.items() if h]),
+                  ints([(at[c], j) for j, c in enumerate(inputs) if c in read]), ints([(at[c], j) for j, c in enumerate(self.given) if c not in direct])]
+        self.plan = np.concatenate([[block, max_gap, *tables[0].shape, *map(len, tables[1:]), 0, 0, 0], *map(np.ravel, tables)]).astype(np.int64)
         self.digest = hashlib.sha256(repr((self.columns, at, self.size, block, max_gap, [(f.windows, f.const, f.doc['first'], texts[f.name][1]) for f in self.families])).encode()).digest()
 
     def memory(self) -> np.ndarray:
@@ -644,7 +649,7 @@ def run_engine(
         raise ValueError(f'bars {X.shape}, numbers {number.shape}, memory {M.shape}: expected ({len(number)}, {len(e.inputs)}), ({len(number)},) and ({e.size},)')
     last, own = int(M[1]) if e.plain else -1, Y is None or bool(e.plain)
     Z = np.empty((len(e.given), len(X))) if own else Y
-    bad = e.walk(M, *e.tables, e.block, e.max_gap, X, number, Z, 0 if own else y0)
+    bad = e.walk(M, e.plan, X, number, Z, 0 if own else y0)
     if bad >= 0: raise ValueError(f'bar number {number[bad]} at row {bad} comes after {number[bad - 1] if bad else int(M[1])}: bars must be in order of time, each once')
     if e.plain: run_plains(e, M, X, number, Z, np.array([usable(x) for x in X.tolist()], bool), last)
     if own and Y is not None: Y[:, y0:y0 + len(X)] = Z[:len(e.columns)]
