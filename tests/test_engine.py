@@ -312,6 +312,31 @@ def test_cache_damage_edits_and_many_cold_processes(tmp_path):
     assert changed.startswith('[18.75, ') and len(cached(tmp_path, 'up_*.py')) == 2
 
 
+MANY = '''
+import logging, sys
+logging.basicConfig(format='%(message)s')
+import numpy as np
+from cryptoml import engine
+from cryptoml.engine import Engine, family
+engine.os.cpu_count = lambda: 2
+def weigh(x): return x * 2.
+{steps}
+{before}
+print(Engine(list(STEPS)).run(np.full((2, 9), 5.), np.arange(2))[:, -1].tolist())
+'''
+
+
+@pytest.mark.parametrize('name, before', [('apart', ''), ('dies', 'sys.path.insert(0, {folder!r})'), ('none', 'sys.executable = "/nowhere/python"')])
+def test_many_cold_steps_are_compiled_in_other_processes(tmp_path, name, before):
+    steps = 'STEPS = []\n' + '\n'.join(f"@family('up_{k}')\ndef step_{k}(close, W, s, n, y): y[0] = weigh(close) + {k}\nSTEPS.append(step_{k})" for k in range(12))
+    (tmp_path / 'early').mkdir()
+    (tmp_path / 'early' / 'numba.py').write_text('import os; os._exit(3)')                    # the other processes die as they start
+    (tmp_path / 'many.py').write_text(MANY.format(steps=steps, before=before.format(folder=str(tmp_path / 'early'))))
+    out, err = finish(subprocess.Popen([sys.executable, str(tmp_path / 'many.py')], env={**os.environ, 'CRYPTOML_CACHE': str(tmp_path / 'cache')}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    assert out.strip() == str([10. + k for k in range(12)]) and err.startswith('compiling 13 steps') and len(err.splitlines()) == 1
+    assert len(cached(tmp_path, 'step_*.nbc')) == 12 and len(cached(tmp_path, 'weigh_*.nbi')) == 1     # what all call is compiled once
+
+
 def test_nothing_writable_compiles_without_cache_and_says_so(tmp_path):
     out, err = start(tmp_path, before='engine.cache_dir = lambda: None')
     assert out.startswith('[9.375, ') and 'set CRYPTOML_CACHE' in err and len(err.strip().splitlines()) == 1

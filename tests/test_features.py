@@ -246,6 +246,16 @@ def test_one_s_own_step_and_what_it_needs():
     np.testing.assert_array_equal(own.transform(frame, '1h')['gap_to_mean'], -both.transform(frame, '1h')['sma_distance_20'])
 
 
+def test_numbers_as_text_and_missing_columns_of_a_bar():
+    stream, texts, frame = engineer.stream('BTC/USDT'), engineer.stream('BTC/USDT'), one_coin(40)
+    for bar in frame.to_dict('records'):
+        bar['trades'] = None
+        words = {k: v if k in ('time', 'symbol') or v is None else str(v) for k, v in bar.items()}
+        assert bits(stream.update(bar)) == bits(texts.update(words))
+    rows = [stream.update(bar | dict(time=bar['time'] + pd.Timedelta('40h'))) for bar in frame[:2].to_dict('records')]
+    assert bits(rows[0]) != bits(rows[1])                                                    # each update gives a row of its own
+
+
 def test_errors_say_what_is_wrong():
     frame = one_coin(50)
     with pytest.raises(TypeError, match='unknown source gossip'): engineer.transform(frame, gossip=None)
