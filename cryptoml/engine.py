@@ -645,6 +645,7 @@ def run_engine(
 ) -> np.ndarray:            # [columns, bars], NaN where there is no value
     "Walk over bars"
     X, number, M = np.ascontiguousarray(X, np.float64), np.ascontiguousarray(number, np.int64), e.memory() if M is None else M
+    X, number = (a if a.flags.writeable else a.copy() for a in (X, number))         # pandas hands out arrays that must not be written to
     if X.shape != (len(number), len(e.inputs)) or M.shape != (e.size,):
         raise ValueError(f'bars {X.shape}, numbers {number.shape}, memory {M.shape}: expected ({len(number)}, {len(e.inputs)}), ({len(number)},) and ({e.size},)')
     last, own = int(M[1]) if e.plain else -1, Y is None or bool(e.plain)

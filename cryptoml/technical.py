@@ -9,8 +9,8 @@ __all__ = ['TECHNICAL', 'total', 'slide', 'size', 'slide_size', 'power_sums', 'm
            'macd', 'ppo', 'bands', 'bollinger', 'rsi', 'mean3', 'stochastic', 'stochrsi', 'trix', 'ultimate',
            'deviation', 'cci', 'awesome', 'atr', 'keltner', 'adx', 'regime', 'choppiness', 'latest', 'aroon', 'psar',
            'channel', 'donchian', 'fibonacci', 'near_fibonacci', 'volume_z', 'volume_ratio', 'money_flow', 'chaikin',
-           'mfi', 'illiquidity', 'taker', 'candle', 'patterns', 'efficiency', 'trend', 'moments', 'month_of',
-           'calendar']
+           'mfi', 'illiquidity', 'taker', 'candle', 'patterns', 'reversals', 'efficiency', 'trend', 'moments',
+           'month_of', 'calendar']
 
 # %% ../nbs/11_technical.ipynb #6be96c00
 import math
@@ -627,6 +627,22 @@ def patterns(open, high, low, close, W, s, n, y):
     y[2] = 1. if b < body and h - top > b and bottom - l < 0.1 * ranges and top >= high[10] - 0.2 * near else 0.
     swallows = top >= max(o1, c1) and bottom <= min(o1, c1) and b > abs(c1 - o1)
     y[3] = 0. if not swallows or (c >= o) == (c1 >= o1) else 1. if c >= o else -1.
+
+# %% ../nbs/11_technical.ipynb #1e3ec17e
+@family('harami star', first=(12, 13), past=12, unit='-1, 0 or 1', source='TA-Lib', formula=(r'\text{short body within the long one before}', r'\text{long body, short body apart, way back}'))
+def reversals(open, close, W, s, n, y):
+    before, before_1, before_2 = 0., 0., 0.                  # mean bodies of ten bars before each of the last three
+    for k in range(10):
+        before += abs(close[k + 2] - open[k + 2]) / 10
+        before_1 += abs(close[k + 1] - open[k + 1]) / 10
+        before_2 += abs(close[k] - open[k]) / 10
+    b, b_1, b_2 = close[12] - open[12], close[11] - open[11], close[10] - open[10]
+    inside = max(open[12], close[12]) <= max(open[11], close[11]) and min(open[12], close[12]) >= min(open[11], close[11])
+    y[0] = 0. if abs(b_1) <= before_1 or abs(b) > before or not inside else -1. if b_1 >= 0 else 1.
+    d = -1. if b_2 >= 0 else 1.                              # the way back
+    apart = d * close[10] > max(d * open[11], d * close[11])
+    turned = (b >= 0) == (d > 0) and d * (close[12] - close[10]) > 0.3 * abs(b_2)
+    y[1] = d if abs(b_2) > before_2 and abs(b_1) <= before_1 and apart and abs(b) > before and turned else 0.
 
 # %% ../nbs/11_technical.ipynb #8727ee42
 @family('efficiency_ratio_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'|\sum r|/\sum|r|', source='Kaufman 1995')

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, talib
 from hypothesis import given, settings, strategies as st
 from cryptoml.engine import BARS, Engine, chained, ordered
-from cryptoml.technical import TECHNICAL, deviation, highest, latest, mean_std, patterns, power_sums, slide, total
+from cryptoml.technical import TECHNICAL, deviation, highest, latest, mean_std, patterns, power_sums, reversals, slide, slide_size, total
 
 FIRST, SETTLE = (chained(ordered(TECHNICAL), key) for key in ('first', 'settle'))
 ENGINE, STREAM = Engine(TECHNICAL), Engine(TECHNICAL, block=16)
 NAMES = ENGINE.columns
-PATTERNS = patterns.out
+PATTERNS = patterns.out + reversals.out
 SAME = [c for c in NAMES if c not in PATTERNS]                  # patterns jump when a comparison at its limit rounds otherwise
 PRICES, VOLUMES = ['open', 'high', 'low', 'close'], ['volume', 'taker_buy_volume']
 
