@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'SOURCES', 'BROUGHT', 'INPUTS', 'KNOWN', 'NEEDS', 'AT_BARS', 'ENTRY', 'PACK', 'PRICES', 'wanted',
            'with_needed', 'reached', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step',
-           'epoch_us', 'FeatureStream', 'PanelStream', 'sound', 'run_symbols', 'usable_rows', 'compute', 'compare',
-           'AdvancedFeatureEngineer', 'transform', 'transform_panel']
+           'epoch_us', 'read_bar', 'walk_bar', 'FeatureStream', 'sound', 'compared', 'PanelStream', 'run_symbols',
+           'usable_rows', 'compute', 'compare', 'AdvancedFeatureEngineer', 'transform', 'transform_panel']
 
 # %% ../nbs/17_features.ipynb #c3e0e995
 import hashlib, os, struct, warnings
@@ -108,6 +108,7 @@ def source_columns(
         out.update((c, x[:, j]) for j, c in enumerate(BROUGHT[k]) if c in inputs)
     return out
 
+# %% ../nbs/17_features.ipynb #40b3b3b9
 def bar_array(
     columns: dict,       # Columns of the bars and sources of one symbol [bars] each
     us: np.ndarray,      # Opens, microseconds since 1970 [bars]
@@ -140,6 +141,31 @@ def epoch_us(
 # %% ../nbs/17_features.ipynb #8514dad0
 PACK, PRICES = struct.Struct(f'{len(BARS)}d'), itemgetter('time', *BARS[:5])
 
+def read_bar(stream, bar, sources: dict, more: dict):
+    "Put a bar, what the sources say and `more` into the stream's X; gives the bar's time as it came"
+    get, X = bar.get, stream._X
+    if (name := get('symbol', stream.symbol)) != stream.symbol and normalise_symbol(name) != stream.symbol: raise DataError(f'a bar of {name} in the stream of {stream.symbol}')
+    try: when, *prices = PRICES(bar)
+    except KeyError: raise DataError(f'{stream.symbol}: the bar has no {", ".join(c for c in ("time", *BARS[:5]) if c not in bar)}') from None
+    us, values = epoch_us(when), [np.nan if v is None else v for v in (*prices, get('quote_volume'), get('trades'), get('taker_buy_volume'))]
+    try: PACK.pack_into(X, 0, *values, us / 1e6)
+    except struct.error: X[0, :len(BARS)] = [*values, us / 1e6]                              # numbers written as text
+    if not stream._blank: X[0, len(BARS):] = np.nan
+    if sources: more = more | source_columns(sources, stream._engine.inputs, stream.symbol, np.array([us + stream._us]), stream._us)
+    stream._number[0], stream._blank = us // stream._us, not more
+    for c, v in more.items(): X[0, stream._engineer.place[c]] = v if np.ndim(v) == 0 else v[0]
+    return when
+
+def walk_bar(stream, when) -> np.ndarray:
+    "The engine over the bar that lies in X"
+    e, Y = stream._engine, stream._nothing.copy()
+    if e.plain:                                                                              # steps that numba refused
+        try: Y[:len(e.columns)] = e.run(stream._X, stream._number, stream._M)
+        except ValueError as error: raise DataError(f'{stream.symbol}: the bar of {when} is not newer than the last one') from error
+    elif e.walk(stream._M, e.plan, stream._X, stream._number, Y, 0) >= 0: raise DataError(f'{stream.symbol}: the bar of {when} is not newer than the last one')
+    return Y[:, 0]
+
+# %% ../nbs/17_features.ipynb #298ec033
 class FeatureStream:
     "Features of one symbol, bar by bar"
     def __init__(
@@ -165,27 +191,7 @@ class FeatureStream:
 
     def step(self, bar, sources: dict = {}, more: dict = {}) -> np.ndarray:
         "Columns of the engine for the newest bar, and NaN for the comparisons"
-        get, X = bar.get, self._X
-        if (name := get('symbol', self.symbol)) != self.symbol and normalise_symbol(name) != self.symbol: raise DataError(f'a bar of {name} in the stream of {self.symbol}')
-        try: when, *prices = PRICES(bar)
-        except KeyError: raise DataError(f'{self.symbol}: the bar has no {", ".join(c for c in ("time", *BARS[:5]) if c not in bar)}') from None
-        us, values = epoch_us(when), [np.nan if v is None else v for v in (*prices, get('quote_volume'), get('trades'), get('taker_buy_volume'))]
-        try: PACK.pack_into(X, 0, *values, us / 1e6)
-        except struct.error: X[0, :len(BARS)] = [*values, us / 1e6]                          # numbers written as text
-        if not self._blank: X[0, len(BARS):] = np.nan
-        if sources: more = more | source_columns(sources, self._engine.inputs, self.symbol, np.array([us + self._us]), self._us)
-        self._number[0], self._blank = us // self._us, not more
-        for c, v in more.items(): X[0, self._engineer.place[c]] = v if np.ndim(v) == 0 else v[0]
-        return self._walk(when)
-
-    def _walk(self, when) -> np.ndarray:
-        "The engine over the bar that lies in X"
-        e, Y = self._engine, self._nothing.copy()
-        if e.plain:                                                                          # steps that numba refused
-            try: Y[:len(e.columns)] = e.run(self._X, self._number, self._M)
-            except ValueError as error: raise DataError(f'{self.symbol}: the bar of {when} is not newer than the last one') from error
-        elif e.walk(self._M, e.plan, self._X, self._number, Y, 0) >= 0: raise DataError(f'{self.symbol}: the bar of {when} is not newer than the last one')
-        return Y[:, 0]
+        return walk_bar(self, read_bar(self, bar, sources, more))
 
     def state(self) -> bytes:
         "All that the stream remembers"
@@ -197,6 +203,17 @@ class FeatureStream:
         self._M = self._engine.restore(kept[32:])
 
 # %% ../nbs/17_features.ipynb #6a61d240
+def sound(bar) -> bool:
+    "Whether a bar can be used"
+    return bool(usable([np.nan if bar.get(c) is None else float(bar[c]) for c in BARS[:5]]))
+
+def compared(e, Y: np.ndarray, present: np.ndarray) -> np.ndarray:
+    "Features of the coins of one bar [N, F] from the columns of the engine"
+    if not e.compared: return Y
+    Z = cross_section(Y[:, None, e.read], present[:, None], e.kinds, take=e.take)[:, 0]
+    return np.concatenate([Y[:, e.hidden:], Z], 1)
+
+# %% ../nbs/17_features.ipynb #e6c73d4d
 class PanelStream:
     "Features of many symbols, one bar time at a time"
     def __init__(
@@ -225,7 +242,7 @@ class PanelStream:
         for n, name in enumerate(self.symbols):
             if name in bars: Y[n] = self.streams[name].step(bars[name], sources, dict(zip(MARKET_COLUMNS, at[name])) if at else {})[:Y.shape[1]]
         if np.isfinite(close).any(): self._before = close
-        return e._rows(Y, np.isfinite(close))
+        return compared(e, Y, np.isfinite(close))
 
     def state(self) -> dict:
         "Symbol -> what its stream remembers, and what the coins have in common under ''"
@@ -237,10 +254,6 @@ class PanelStream:
         if len(kept['']) != 8 * len(self.symbols): raise ValueError('the state is one of other symbols')
         for name, s in self.streams.items(): s.restore(kept[name])
         self._before = np.frombuffer(kept['']).copy()
-
-def sound(bar) -> bool:
-    "Whether a bar can be used"
-    return bool(usable([np.nan if bar.get(c) is None else float(bar[c]) for c in BARS[:5]]))
 
 # %% ../nbs/17_features.ipynb #57997931
 def run_symbols(
@@ -254,7 +267,9 @@ def run_symbols(
         X, number = bars()
         try: engine.run(X, number, Y=Y, y0=y0)
         except ValueError as e: raise DataError(f'{symbol}: {e} (call cryptoml.data.clean first)') from e
-    with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(one, jobs))
+    if len(jobs) == 1: one(jobs[0])
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(one, jobs))
     return Y
 
 def usable_rows(columns: dict) -> np.ndarray:
@@ -293,12 +308,11 @@ def compare(engineer, A, starts, place, ok, T, part=16384):
     e, N, made = engineer, len(place), A[len(engineer.engine_columns):]
     made[:] = np.nan
     if not e.compared or N < 2: return
-    read = [e.engine_columns.index(c) for c in dict.fromkeys(f.column for f in e.compared)]
     for t0 in range(0, T, part):
-        values, present = np.full((len(read), N, min(part, T - t0)), np.nan), np.zeros((N, min(part, T - t0)), bool)
+        values, present = np.full((len(e.read), N, min(part, T - t0)), np.nan), np.zeros((N, min(part, T - t0)), bool)
         here = [slice(*np.searchsorted(p, [t0, t0 + part])) for p in place]
         for n, h in enumerate(here):
-            values[:, n, place[n][h] - t0] = A[read, starts[n] + h.start:starts[n] + h.stop]
+            values[:, n, place[n][h] - t0] = A[e.read, starts[n] + h.start:starts[n] + h.stop]
             present[n, place[n][h] - t0] = ok[n][h]
         Z = cross_section(values.transpose(1, 2, 0), present, e.kinds, take=e.take)
         for n, h in enumerate(here): made[:, starts[n] + h.start:starts[n] + h.stop] = Z[n, place[n][h] - t0].T
@@ -319,15 +333,12 @@ class AdvancedFeatureEngineer:
         self.hidden = len(self.engine_columns) - len(own)
         read, columns = {c for f in self._steps for c in f.inputs}, list(dict.fromkeys(f.column for f in self.compared))
         self.inputs = tuple(c for c in INPUTS if c in read or c in BARS)
-        self.place = {c: j for j, c in enumerate(self.inputs)}
+        self.place = dict(zip(self.inputs, range(len(self.inputs))))
         self.used, self.needs_coins = [k for k, v in BROUGHT.items() if k != 'coins' and read & set(v)], bool(read & set(MARKET_COLUMNS))
-        self.kinds, self.take = [f.kind for f in self.compared], [columns.index(f.column) for f in self.compared]
-        self._at = [self.engine_columns.index(c) for c in columns]
+        self.kinds, self.take, self.read = [f.kind for f in self.compared], [columns.index(f.column) for f in self.compared], [self.engine_columns.index(c) for c in columns]
 
-    @cached_property
-    def _batch(self): return Engine(self._steps, self.engine_columns, self.inputs)
-    @cached_property
-    def _live(self): return Engine(self._steps, self.engine_columns, self.inputs, block=8)
+    _batch = cached_property(lambda self: Engine(self._steps, self.engine_columns, self.inputs))
+    _live = cached_property(lambda self: Engine(self._steps, self.engine_columns, self.inputs, block=8))
 
     def catalogue(self) -> pd.DataFrame: return catalogue(self.families)
 
@@ -346,12 +357,6 @@ class AdvancedFeatureEngineer:
     def panel_stream(self, symbols: list, timeframe='1h') -> PanelStream:
         "A stream of many symbols, before their first bar"
         return PanelStream({s: self.stream(s, timeframe) for s in map(normalise_symbol, symbols)})
-
-    def _rows(self, Y: np.ndarray, present: np.ndarray) -> np.ndarray:
-        "Features of the coins of one bar [N, F]"
-        if not self.compared: return Y
-        Z = cross_section(Y[:, None, self._at], present[:, None], self.kinds, take=self.take)[:, 0]
-        return np.concatenate([Y[:, self.hidden:], Z], 1)
 
 # %% ../nbs/17_features.ipynb #bcd023a2
 def transform(
