@@ -210,6 +210,8 @@ def run(M, a, t0, t1, here, width):
     _put(at, 0, n)
     {save}
 '''
+
+# %% ../nbs/10_engine.ipynb #4907f83c
 REFRESH = '''i = int(_get(M, 3 + t)); fresh = n == 1 or i >= due[{n_r}]
             if fresh:
                 due[{n_r}] = math.inf
@@ -286,6 +288,7 @@ def write(
         os.replace(new, path)
     return path
 
+# %% ../nbs/10_engine.ipynb #e63e8989
 def execute(
     key: str,               # Module name
     text: str,              # Its text
@@ -486,6 +489,7 @@ def text_and_scope(
     x, name = [f'x{j}' for j in range(len(f.inputs))], f'_copy_{len(f.inputs)}'
     return name, driver(replace(f, name=name, inputs=x, windows=[], const=[], state=0), f'def {name}({", ".join(x)}, W, s, n, y): ' + '; '.join(f'y[{j}] = {c}' for j, c in enumerate(x))), {}
 
+# %% ../nbs/10_engine.ipynb #205a4a39
 def compiled(
     families: list,  # Families in order
     texts: dict,     # Family name -> name of its module, text, scope
