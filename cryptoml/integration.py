@@ -135,12 +135,13 @@ def window_faults(
     x: np.ndarray,        # Newest inputs [F], NaN where missing
     usable: bool,         # What the forecaster says of this bar
     sigma: float,         # Volatility of the recent past
-    absent=(),            # Groups of inputs that this coin never had
+    absent=(),            # Inputs that this coin did not have in training
 ) -> list[str]:
     "Why the newest bar cannot be forecast"
     gone = np.isnan(x)
-    lost = [g for g, c in f.groups.items() if gone[c].all() and g not in absent]
-    found = [f'all {len(f.groups[g])} {g} inputs are missing at the newest bar: {GONE.get(g, "give its source as in training")}' for g in lost]
+    had = {g: [j for j in c if f.names[j] not in absent] for g, c in f.groups.items()}
+    lost = [g for g, c in had.items() if c and gone[c].all()]
+    found = [f'all {len(had[g])} {g} inputs are missing at the newest bar: {GONE.get(g, "give its source as in training")}' for g in lost]
     if not usable: found.append(f'{(~there).sum()} of the last {len(there)} bars are missing' if (~there).any() else f'{gone.sum()} of {len(x)} inputs are missing')
     if not np.isfinite(sigma): found.append('no volatility of the recent past: the feed did not move')
     return found
@@ -153,8 +154,7 @@ def masked(
     x: np.ndarray,        # Newest inputs [F], NaN where missing
 ) -> list[str]:
     "What the model is told to be missing, in words"
-    never = {j for g in s.terms.absent.get(symbol, ()) for j in s.forecaster.groups.get(g, ())}
-    lost = [n for j, n in enumerate(s.forecaster.names) if np.isnan(x[j]) and j not in never]
+    lost = [n for j, n in enumerate(s.forecaster.names) if np.isnan(x[j]) and n not in s.terms.absent.get(symbol, ())]
     others = [k for k in s.terms.symbols if k not in given]
     return ([f'{(~there).sum()} of the last {len(there)} bars are missing'] if (~there).any() else []) + ([f'{len(lost)} inputs of training are missing, first {lost[0]}'] if lost else []) \
         + ([f'bars of {", ".join(others[:3])} were not given: {len(others)} of {len(s.terms.symbols)} coins'] if others else [])

@@ -73,7 +73,7 @@ class Terms:
     verdict: str                    # PASS, INCONCLUSIVE or FAIL on the test span
     policy: dict = field(default_factory=dict)   # Arguments of Policy
     sources: list[str] = field(default_factory=list)   # Inputs besides bars that it was trained with
-    absent: dict = field(default_factory=dict)   # Coin to the groups of inputs that it never had in training
+    absent: dict = field(default_factory=dict)   # Coin to the inputs that it did not have in training
     data: dict = field(default_factory=dict)     # Digest, span and symbols of its data
 
     @classmethod
@@ -140,7 +140,7 @@ def measure_terms(
     net = np.sign(size) * targets['ret'].reshape(-1, len(targets.horizons))[s, -1] - f.config.round_trip
     rests_on = importance(f, inputs, targets, sample, 256).head(8)
     x, rows = f.pick(inputs).x, panel.mask & (parts['train'] | parts['valid'])
-    absent = {name: [g for g, c in f.groups.items() if np.isnan(x[n, rows[n]][:, c]).all(1).mean() > .5] for n, name in enumerate(panel.symbols)}
+    absent = {name: [k for k, gone in zip(f.names, np.isnan(x[n, rows[n]]).mean(0)) if gone > .5] for n, name in enumerate(panel.symbols)}
     until = lambda when: pd.DatetimeIndex(when).max().isoformat()
     return Terms(panel.symbols, f'{panel.timeframe // pd.Timedelta("1min")}m', until(targets.known[parts['train'] | parts['valid']]), until(panel.time[parts['test']] + panel.timeframe),
                  f.config.round_trip, threshold(confidence(fc['direction'][:, -1], size), net, day_blocks(panel.time)[s % len(panel.time)]),
