@@ -370,7 +370,11 @@ def compile_apart(
             while True:
                 p.stdin.write((key := todo.popleft()) + '\n')
                 p.stdin.flush()
-                if not any(line.strip() == key for line in p.stdout): return
+                late = threading.Timer(120, p.kill)              # whatever was started there does not answer
+                late.start()
+                answered = any(line.strip() == key for line in p.stdout)
+                late.cancel()
+                if not answered: return
                 bar.update()
     threads = [threading.Thread(target=feed) for _ in range(processes)]
     try:

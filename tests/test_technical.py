@@ -335,11 +335,12 @@ values = st.lists(st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0., 1., -1., 
 @given(values, st.integers(2, 25))
 def test_windows_against_brute_force(x, p):
     "The running sums, moments and extremes of any sequence, refreshed at multiples of p"
-    x, s, m, q, hi, at = np.array(x), np.zeros(2), np.zeros(4), np.zeros(6), np.zeros(p + 2), np.zeros(2 * p + 3)
+    x, s, sizes, m, q, hi, at = np.array(x), np.zeros(2), np.zeros((2, 2)), np.zeros(4), np.zeros(6), np.zeros(p + 2), np.zeros(2 * p + 3)
     for t in range(1, len(x) + 1):
         view, w, fresh = np.concatenate([np.full(p, np.nan), x[:t]])[-p - 1:], x[max(t - p, 0):t], t == 1 or t % p == 0
         scale = 1 + np.abs(x[max(t - 2 * p, 0):t]).max()
         assert abs(slide(s, 0, view, p, t, fresh) - w.sum()) < 1e-9 * scale
+        for power in (1, 2): assert abs(slide_size(sizes[power - 1], 0, view, p, t, fresh, power) - (np.abs(w)**power).sum()) < 1e-9 * scale**power
         mean, sd = mean_std(m, 0, view, p, t, fresh)
         assert abs(mean - w.mean()) < 1e-9 * scale and abs(sd - w.std()) < 1e-5 * scale
         power_sums(q, 0, view, p, t, fresh, 4)
