@@ -219,7 +219,7 @@ def train_snapshot(
     test = evaluate(f, inputs, targets, parts, policy)
     word = test.verdict()
     span = dict(digest=report.digest, span=[str(panel.time[0]), str(panel.time[-1])], symbols=panel.symbols)
-    terms = measure_terms(f, inputs, targets, parts, word.word, policy, span)
+    terms, _ = measure_terms(f, inputs, targets, parts, word.word, policy, span)
     best = history.loc[history.valid_loss.idxmin()]
     return Snapshot(f, terms), dict(epochs=history.to_dict('records'), best_epoch=int(best.epoch), verdict=vars(word), rows=test.rows(), threshold=terms.threshold, data=str(report)), out
 

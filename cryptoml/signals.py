@@ -130,7 +130,8 @@ def measure_terms(
     verdict: str,                   # PASS, INCONCLUSIVE or FAIL on the test span
     policy: Policy,                 # The one the verdict was reached with
     data: dict,                     # Digest, span and symbols
-) -> Terms:
+    most: int = 128,                # Samples that the importance of the inputs is measured on
+) -> tuple[Terms, pd.Series]:       # The terms, and the importance of every input in nats
     "What signals need to know of a trained model, from its validation span"
     panel, h = inputs.panel, f.config.horizons[-1]
     sample = grid(f.usable(inputs) & parts['valid'], panel.bar_number, 4)
@@ -138,13 +139,13 @@ def measure_terms(
     fc, s = forecast(f, inputs, targets.sigma, sample), sample.numpy()
     size = fc['size'][:, -1]
     net = np.sign(size) * targets['ret'].reshape(-1, len(targets.horizons))[s, -1] - f.config.round_trip
-    rests_on = importance(f, inputs, targets, sample, 256).head(8)
+    rests_on = importance(f, inputs, targets, sample, most)
     x, rows = f.pick(inputs).x, panel.mask & (parts['train'] | parts['valid'])
     absent = {name: [k for k, gone in zip(f.names, np.isnan(x[n, rows[n]]).mean(0)) if gone > .5] for n, name in enumerate(panel.symbols)}
     until = lambda when: pd.DatetimeIndex(when).max().isoformat()
     return Terms(panel.symbols, f'{panel.timeframe // pd.Timedelta("1min")}m', until(targets.known[parts['train'] | parts['valid']]), until(panel.time[parts['test']] + panel.timeframe),
                  f.config.round_trip, threshold(confidence(fc['direction'][:, -1], size), net, day_blocks(panel.time)[s % len(panel.time)]),
-                 {k: float(v) for k, v in rests_on.items() if v > 0}, verdict, asdict(policy), [g for g in f.groups if g == 'extra'], {k: v for k, v in absent.items() if v}, data)
+                 {k: float(v) for k, v in rests_on.head(8).items() if v > 0}, verdict, asdict(policy), [g for g in f.groups if g == 'extra'], {k: v for k, v in absent.items() if v}, data), rests_on
 
 # %% ../nbs/50_signals.ipynb #dc062102
 def target_weight(

@@ -1,7 +1,8 @@
 """The train job from the command line: killed and taken up again, and refused before it starts"""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import pytest, torch
+import pandas as pd, pytest, torch
+from cryptoml.integration import UltimateTradingAI
 from cryptoml.simulate import simulate
 from cryptoml.state import load, read_lines
 
@@ -46,6 +47,11 @@ def test_killed_in_mid_epoch_ends_with_the_same_weights(bars, tmp_path):
     m, n = (json.loads((tmp_path/x/'metrics.json').read_text()) for x in ('whole', 'killed'))
     assert m == n and m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
     assert {'target', 'horizon', 'model', 'metric', 'value', 'lo', 'hi', 'n'} == set(m['rows'][0]) and {'digest', 'span', 'symbols'} <= set(m['data'])
+    ai, market = UltimateTradingAI(device='cpu'), simulate(n_symbols=3, n_bars=2800, seed=4).bars
+    ai.load_state(killed/'model')                                                              # what a run leaves is what a bot loads
+    now = market.time.max() + pd.Timedelta('1h')
+    p = ai.predict_sync(market, 'BTC/USDT', now)
+    assert not p['faults'] and p['horizons'] == [4, 12] and ai.get_trading_signal('BTC/USDT', 0., now)['action'] in ('BUY', 'SELL')
     page = (killed/'report.html').read_text()
     assert page.count('data:image/png') >= 6 and m['verdict']['word'] in page
     assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= {f.name for f in killed.iterdir()}
