@@ -91,7 +91,7 @@ def bar_faults(
     idle = defects[(defects['defect'] == 'zero volume') & (defects['last'] >= newest)]
     if last is not None and last >= newest: return found + [f'zero volume in the newest bar ({newest:%Y-%m-%d %H:%M})'] * len(idle)
     wrong = defects[(defects['action'] == 'dropped') & (defects['last'] >= newest) & (defects['first'] <= newest) & ~defects['defect'].isin(['future bar', 'unclosed bar', 'duplicate'])]
-    return found + [f'{d["defect"]} in {d["column"]} of the newest bar ({newest:%Y-%m-%d %H:%M})' for d in wrong.to_dict('records')]
+    return found + ([f'{d["defect"]} in {d["column"]} of the newest bar ({newest:%Y-%m-%d %H:%M})' for d in wrong.to_dict('records')] or [f'the newest bar ({newest:%Y-%m-%d %H:%M}) cannot be used'])
 
 # %% ../nbs/52_integration.ipynb #686ee71f
 @dataclass(frozen=True)
@@ -188,7 +188,10 @@ def predict_newest(
         if name not in given: out[name] = _empty(s, name, None, [f'no bar of {name} in the data']); continue
         faults = bar_faults(bars[bars['symbol'] == name], report.defects[report.defects['symbol'] == name], last, now, timeframe, pd.Timedelta(skew))
         if n is not None and not faults:
-            if (have := t + 1 - int(panel.mask[n].argmax())) < need: raise DataError(f'{name}: {have} bars of history, {need} are needed ({need * timeframe / pd.Timedelta("1D"):.0f} days): give more')
+            if (have := t + 1 - int(panel.mask[n].argmax())) < need:
+                short = f'{name}: {have} bars of history, {need} are needed ({need * timeframe / pd.Timedelta("1D"):.0f} days): give more'
+                if symbol is not None: raise DataError(short)
+                out[name] = _empty(s, name, last, [short]); continue
             window = panel.mask[n, max(0, t + 1 - f.network.config.lookback):t + 1]
             faults = window_faults(f, window, inputs.x[n, t], usable[n, t], sigma[n, t], terms.absent.get(name, ()))
         if not faults:
@@ -207,7 +210,7 @@ def train_snapshot(
     stop: threading.Event | None = None,   # Once set, give up after the batch
 ) -> tuple[Snapshot, dict, Path]:     # The model, its history, the folder of its checkpoints
     "Train, judge, and measure the terms for signals"
-    from cryptoml.verdict import evaluate
+    from cryptoml.verdict import DECIDE, evaluate
     panel, report = read_panel(data, symbols, timeframe=config.timeframe, now=pd.Timestamp.now('UTC'))
     c = ForecasterConfig(horizons=config.horizons, size=config.size, round_trip=config.round_trip, epochs=epochs, every=max(config.horizons[-1] // 2, 1), seed=config.seed)
     targets = make_targets(panel, c.horizons, c.round_trip)
@@ -215,7 +218,7 @@ def train_snapshot(
     seen = hashlib.sha256(np.ascontiguousarray(inputs.x[:, ::97]))                # the run's folder: other data, sources or settings, another folder
     out = folder / hashlib.sha256(json.dumps([report.digest, seen.hexdigest(), asdict(c) | dict(epochs=0)]).encode()).hexdigest()[:16]
     f, history = train(inputs, targets, parts, c, out, device, stop)
-    policy = Policy(every=4, bars_per_year=pd.Timedelta('365D') / panel.timeframe)
+    policy = Policy(every=DECIDE, bars_per_year=pd.Timedelta('365D') / panel.timeframe)
     test = evaluate(f, inputs, targets, parts, policy)
     word = test.verdict()
     span = dict(digest=report.digest, span=[str(panel.time[0]), str(panel.time[-1])], symbols=panel.symbols)

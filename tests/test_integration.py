@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 
+from conftest import ended, forked
 from cryptoml import state
 from cryptoml.data import DataError, market_frame
 from cryptoml.forecaster import needed_history, save_forecaster
@@ -389,17 +390,6 @@ def test_a_prediction_is_plain(desk):
     assert str(desk.root) not in said and 'gen-' not in said and str(time.localtime().tm_year) + '-' not in said
 
 # ---- suite 4: kills while saving
-
-def forked(f):
-    "Run f in a child and return its pid; the child never returns into pytest"
-    pid = os.fork()
-    if pid: return pid
-    torch.set_num_threads(1)   # torch's threads of the parent do not exist here, and waiting for them never ends
-    try: code = f() or 0
-    except BaseException as e: print(repr(e), flush=True); code = 1
-    finally: os._exit(code)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def marked(desk, root, mark):
     "A loaded model whose terms, weights and scale all tell the mark"

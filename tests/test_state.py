@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from conftest import ended, forked
 from cryptoml import state
 from cryptoml.state import StateError, append_line, generations, load, lock, read_json, read_lines, save, write_json
 
@@ -20,17 +21,6 @@ def got(root):
     assert sorted(tensors) == ['model', 'scaler']
     for group in tensors.values(): assert (group['w'] == content['step']).all()
     return content['step']
-
-def forked(f):
-    "Run f in a child and return its pid; the child never returns into pytest"
-    pid = os.fork()
-    if pid: return pid
-    torch.set_num_threads(1)   # torch's threads of the parent do not exist here, and waiting for them never ends
-    try: code = f() or 0
-    except BaseException as e: print(repr(e), flush=True); code = 1
-    finally: os._exit(code)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def forge(root, files, names=None, schema=state.SCHEMA, content={}):
     "A generation with correct digests and whatever else one likes"
