@@ -132,7 +132,7 @@ class VariableNetworks(nn.Module):
 
     def forward(self, x: Tensor, v: Tensor) -> Tensor:  # [P, n] inputs and weights -> [P, d]
         keep = F.dropout(x.new_ones(len(x), self.shift.shape[1]), self.dropout, self.training)
-        size = 256 if x.device.type == 'cpu' else max(len(x), 1)
+        size = max(len(x), 1) if x.device.type != 'cpu' else 1024 if self.families else 256
         parts = zip(x.split(size), v.split(size), keep.split(size))
         if self.recompute and self.training:
             return torch.cat([checkpoint(self.mix, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
