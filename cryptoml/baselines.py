@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'Fitted', 'TREES', 'HAR_SPANS', 'BASELINES', 'known', 'Samples', 'frequencies', 'majority', 'zero',
-           'past_class', 'followed', 'persistence', 'one', 'softmax_regression', 'logistic', 'boosting', 'realised',
-           'har_inputs', 'least_squares', 'har', 'median_coin', 'trend', 'momentum', 'book_scores', 'fit_baselines',
-           'PredictorOutput', 'linear', 'LinearPredictor', 'positions', 'Embed', 'LSTMPredictor',
+           'past_class', 'followed', 'persistence', 'with_one', 'softmax_regression', 'logistic', 'boosting',
+           'realised', 'har_inputs', 'least_squares', 'har', 'median_coin', 'trend', 'momentum', 'book_scores',
+           'fit_baselines', 'PredictorOutput', 'linear_map', 'LinearPredictor', 'positions', 'Embed', 'LSTMPredictor',
            'TransformerPredictor']
 
 # %% ../nbs/23_baselines.ipynb #897c3d42
@@ -97,7 +97,7 @@ def persistence(train: Samples) -> Fitted:
     return lambda s: dict(direction=move(s.past), regime=state(now(s)), volatility=s.volatility[..., None])
 
 # %% ../nbs/23_baselines.ipynb #028bded3
-def one(x: np.ndarray) -> np.ndarray: return np.concatenate([x, np.ones((len(x), 1))], 1)   # [S, F] -> [S, F + 1]
+def with_one(x: np.ndarray) -> np.ndarray: return np.concatenate([x, np.ones((len(x), 1))], 1)   # [S, F] -> [S, F + 1]
 
 def softmax_regression(
     x: np.ndarray,       # Inputs [S, F], finite, about unit scale
@@ -106,7 +106,7 @@ def softmax_regression(
     l2: float,           # Ridge on the weights
 ) -> np.ndarray:         # Weights [F + 1, classes], the last row the bias
     "Multinomial logistic regression on the samples that have a label"
-    x, y = one(x[y >= 0].astype(np.float64)), y[y >= 0]
+    x, y = with_one(x[y >= 0].astype(np.float64)), y[y >= 0]
     if len(y) == 0: raise ValueError('logistic regression needs at least one labelled sample, got none')
     hot, F = np.eye(classes)[y], x.shape[1]
     ridge = np.full((F, 1), l2); ridge[-1] = 0
@@ -119,7 +119,7 @@ def softmax_regression(
 def logistic(train: Samples) -> Fitted:
     "Logistic regression on the newest inputs, for every class target that has labels"
     w = {k: np.stack([softmax_regression(train.x, y, n, 1e-2) for y in train.labels[k].T]) for k, n in CLASSES.items() if train.has(k)}   # [H, F + 1, C]
-    return lambda s: {k: softmax(np.einsum('sf,hfc->shc', one(s.x), v), axis=-1) for k, v in w.items()}
+    return lambda s: {k: softmax(np.einsum('sf,hfc->shc', with_one(s.x), v), axis=-1) for k, v in w.items()}
 
 # %% ../nbs/23_baselines.ipynb #283bfb99
 TREES = dict(num_leaves=15, learning_rate=.06, min_data_in_leaf=100, feature_fraction=.33, max_bin=63, seed=0, deterministic=True, force_row_wise=True, verbose=-1)
@@ -233,7 +233,7 @@ class PredictorOutput(NamedTuple):
     states: Tensor      # [B, K, d] for further heads
     quantiles: Tensor   # [B, K, Q] forecast, not decreasing along Q
 
-def linear(n: int, d: int) -> nn.Linear | None: return nn.Linear(n, d) if n else None   # a map of n inputs, none without inputs
+def linear_map(n: int, d: int) -> nn.Linear | None: return nn.Linear(n, d) if n else None   # a map of n inputs, none without inputs
 
 # %% ../nbs/23_baselines.ipynb #69f06653
 class LinearPredictor(nn.Module):
@@ -241,7 +241,7 @@ class LinearPredictor(nn.Module):
     def __init__(self, config: TFTConfig):
         super().__init__()
         self.config, c = config, config
-        self.now, self.future = linear(c.n_past + c.n_static, c.steps * c.d_model), linear(c.n_future, c.d_model)
+        self.now, self.future = linear_map(c.n_past + c.n_static, c.steps * c.d_model), linear_map(c.n_future, c.d_model)
         self.head = QuantileHead(c.d_model, len(c.quantiles))
 
     def forward(self, past: Tensor, future: Tensor | None = None, static: Tensor | None = None) -> PredictorOutput:
@@ -265,7 +265,7 @@ class Embed(nn.Module):
     "Inputs mapped to width d, plus their positions; without inputs the positions alone"
     def __init__(self, n: int, d: int, first: int, length: int):
         super().__init__()
-        self.linear = linear(n, d)
+        self.linear = linear_map(n, d)
         self.register_buffer('position', positions(first, length, d), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:   # [B, T, n] -> [B, T, d]
@@ -277,7 +277,7 @@ class LSTMPredictor(nn.Module):
     def __init__(self, config: TFTConfig):
         super().__init__()
         self.config, c, d = config, config, config.d_model
-        self.past, self.future, self.static = nn.Linear(c.n_past, d), Embed(c.n_future, d, c.lookback, c.steps), linear(c.n_static, 2 * d)
+        self.past, self.future, self.static = nn.Linear(c.n_past, d), Embed(c.n_future, d, c.lookback, c.steps), linear_map(c.n_static, 2 * d)
         self.encoder, self.decoder = (nn.LSTM(d, d, c.lstm_layers, batch_first=True, dropout=c.dropout if c.lstm_layers > 1 else 0.) for _ in range(2))
         self.drop, self.head = nn.Dropout(c.dropout), QuantileHead(d, len(c.quantiles))
 
@@ -295,7 +295,7 @@ class TransformerPredictor(nn.Module):
     def __init__(self, config: TFTConfig):
         super().__init__()
         self.config, c, d = config, config, config.d_model
-        self.past, self.future, self.static = Embed(c.n_past, d, 0, c.lookback), Embed(c.n_future, d, c.lookback, c.steps), linear(c.n_static, d)
+        self.past, self.future, self.static = Embed(c.n_past, d, 0, c.lookback), Embed(c.n_future, d, c.lookback, c.steps), linear_map(c.n_static, d)
         layer = dict(d_model=d, nhead=c.n_heads, dim_feedforward=4 * d, dropout=c.dropout, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), c.lstm_layers, nn.LayerNorm(d), enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), c.lstm_layers, nn.LayerNorm(d))
