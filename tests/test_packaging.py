@@ -50,7 +50,7 @@ def test_exported(tmp_path):
 
 def test_constraints():
     pins = {canonicalize_name(r.name): str(r.specifier)[2:] for l in (root/'constraints.txt').read_text().splitlines() if l and l[0] != '#' for r in [Requirement(l)]}
-    wanted = [Requirement(r) for k in ('', 'jobs_', 'docs_', 'dev_') for r in s[f'{k}requirements'].split()]
+    wanted = [Requirement(r) for k in ('', 'boosting_', 'jobs_', 'docs_', 'dev_') for r in s[f'{k}requirements'].split()]
     for r in wanted: assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'constraints.txt does not fit {r}'
     assert version('torch').split('+')[0] == pins['torch'] and '://' not in (root/'constraints.txt').read_text()
 

@@ -27,25 +27,27 @@ def bars(tmp_path_factory):
 
 
 def test_killed_in_mid_epoch_ends_with_the_same_weights(bars, tmp_path):
-    p = dict(data=bars, epochs=3, horizons='4,12', threads=1)
+    p = dict(data=bars, epochs=3, horizons='4,12', compare='lstm', threads=1)
     whole = run(tmp_path/'whole', **p)
     assert whole.returncode == 0, whole.stderr[-2000:]
     killed = tmp_path/'killed'
-    job = subprocess.Popen(command(killed, **p), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        end = time.time() + 200
-        while not read_lines(killed/'history.jsonl') and time.time() < end: time.sleep(.05)   # one epoch is done, the next is under way
-        assert read_lines(killed/'history.jsonl'), 'no epoch was finished in time'
-    finally: os.killpg(job.pid, signal.SIGKILL); job.wait()
-    time.sleep(1.5)                                                                            # the kernel notices that its parent is gone
+    for now in (killed, killed/'lstm'):                                                         # first in the network itself, then in the one beside it
+        job = subprocess.Popen(command(killed, **p), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            end = time.time() + 200
+            while not read_lines(now/'history.jsonl') and time.time() < end: time.sleep(.05)    # one epoch is done, the next is under way
+            assert read_lines(now/'history.jsonl'), 'no epoch was finished in time'
+        finally: os.killpg(job.pid, signal.SIGKILL); job.wait()
+        time.sleep(1.5)                                                                        # the kernel notices that its parent is gone
     assert not (killed/'metrics.json').exists()
     again = run(killed, **p)
     assert again.returncode == 0, again.stderr[-2000:]
     a, b = (load(tmp_path/x/'model')[0]['network'] for x in ('whole', 'killed'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert [h['epoch'] for h in read_lines(killed/'history.jsonl')] == [1, 2, 3]
+    assert all([h['epoch'] for h in read_lines(x/'history.jsonl')] == [1, 2, 3] for x in (killed, killed/'lstm'))
     m, n = (json.loads((tmp_path/x/'metrics.json').read_text()) for x in ('whole', 'killed'))
     assert m == n and m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
+    assert {'network', 'lstm', 'majority', 'persistence', 'momentum', 'logistic', 'boosting', 'HAR', 'zero', 'hold'} <= {r['model'] for r in m['rows']}
     assert {'target', 'horizon', 'model', 'metric', 'value', 'lo', 'hi', 'n'} == set(m['rows'][0]) and {'digest', 'span', 'symbols'} <= set(m['data'])
     ai, market = UltimateTradingAI(device='cpu'), simulate(n_symbols=3, n_bars=2800, seed=4).bars
     ai.load_state(killed/'model')                                                              # what a run leaves is what a bot loads
@@ -62,6 +64,8 @@ def test_killed_in_mid_epoch_ends_with_the_same_weights(bars, tmp_path):
     (dict(data='nowhere.parquet'), 'nowhere.parquet'),
     (dict(end='2022-01-15'), 'short'),
     (dict(size='huge'), 'size'),
+    (dict(compare='rnn'), 'rnn'),
+    (dict(compare='network'), 'leave it out'),
     (dict(device='cuda:99'), 'cuda:99'),
 ])
 def test_what_cannot_be_run_is_one_sentence(bars, tmp_path, change, sentence):
