@@ -69,15 +69,17 @@ def dense_bias(
     graph: Tensor|None,    # [N, N] or [B, N, N] bool, graph[i, j]: i may look at j; None for all pairs
     weight: Tensor|None,   # [N, N] or [B, N, N] not negative, 0 is no neighbour
     present: Tensor|None,  # [B, N] bool
+    loops: bool = True,    # Every node looks at itself; False: only where it has nobody else
 ) -> Tensor|None:          # [1 or B, 1, N, N], or None if nothing restricts
     "Log weights of all pairs, minus infinity where there is no edge"
-    if graph is None and weight is None and present is None: return None
+    if graph is None and weight is None and present is None and loops: return None
     own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     keep = torch.ones_like(own) if graph is None else graph
     if weight is not None: keep = keep & (weight > 0)
     if present is not None: keep = keep & present[:, :, None] & present[:, None]
+    if not loops: keep = keep & ~own
     bias = x.new_zeros(keep.shape) if weight is None else weight.masked_fill(~keep, 1).log()
-    bias = bias.masked_fill(~(keep | own), float('-inf'))
+    bias = bias.masked_fill(~(keep | own & (loops | ~keep.any(-1, keepdim=True))), float('-inf'))
     return bias.view(-1, 1, *own.shape).expand(len(x), -1, -1, -1)
 
 def edge_bias(
@@ -85,12 +87,14 @@ def edge_bias(
     edges: Tensor,         # [2, E] node looked at, node that looks; each pair at most once
     weight: Tensor|None,   # [E] not negative
     present: Tensor|None,  # [N] bool
-) -> tuple[Tensor, Tensor|None]:  # Edges with every node's own [2, E'], their log weights [E'] or None
-    "The edges among present nodes, completed by an edge of every node to itself"
+    loops: bool = True,    # Every node looks at itself; False: only where it has nobody else
+) -> tuple[Tensor, Tensor|None]:  # Edges with the nodes' own [2, E'], their log weights [E'] or None
+    "The edges among present nodes, completed by edges of nodes to themselves"
     keep = torch.ones_like(edges[0], dtype=torch.bool) if weight is None else weight > 0
     if present is not None: keep = keep & present[edges].all(0)
+    if not loops: keep = keep & (edges[0] != edges[1])
     edges, lacks = edges[:, keep], torch.ones(len(x), dtype=torch.bool, device=x.device)
-    lacks[edges[0, edges[0] == edges[1]]] = False
+    lacks[edges[0, edges[0] == edges[1]] if loops else edges[1]] = False
     own = lacks.nonzero().T.expand(2, -1)
     bias = None if weight is None else torch.cat([weight[keep].log(), weight.new_zeros(own.shape[1])])
     return torch.cat([edges, own], 1), bias
@@ -149,9 +153,10 @@ class GATConfig:
     n_layers: int = 2     # Layers, the last included
     out_heads: int = 1    # Heads averaged in the last layer
     dropout: float = 0.6  # Share of inputs and of attention weights dropped in training
+    loops: bool = True    # Every node looks at itself, as in the paper; False: only where it has nobody else
 
     def __post_init__(self):
-        sizes = {k: v for k, v in vars(self).items() if k != 'dropout'}
+        sizes = {k: v for k, v in vars(self).items() if k not in ('dropout', 'loops')}
         if bad := {k: v for k, v in sizes.items() if v < 1}: raise ValueError(f'must be at least 1: {bad}')
         if not 0 <= self.dropout < 1: raise ValueError(f'dropout must be in [0, 1), got {self.dropout}')
 
@@ -185,9 +190,9 @@ class GraphAttentionNetwork(nn.Module):
         nodes, edges, listed = x.shape[:-1], None, graph is not None and graph.dtype == torch.int64
         if listed:
             x = x if x.dim() == 2 else x.flatten(0, -2)
-            edges, bias = edge_bias(x, graph, weight, None if present is None else present.flatten())
+            edges, bias = edge_bias(x, graph, weight, None if present is None else present.flatten(), self.config.loops)
             attend = partial(attend_edges, edges=edges, bias=bias)
-        else: attend = partial(attend_dense, bias=dense_bias(x, graph, weight, present), read=attention)
+        else: attend = partial(attend_dense, bias=dense_bias(x, graph, weight, present, self.config.loops), read=attention)
         seen = []
         for layer in self.layers:
             x, alpha = layer(x, attend)
@@ -223,24 +228,30 @@ class DynamicGraph(nn.Module):
         n_in: int,           # F, width of a node's state
         width: int,          # d, width of queries and keys
         k: int|None = None,  # Neighbours kept for each node beside itself; None keeps all. May be set again later
+        n_pair: int = 0,     # E, numbers known of each pair
+        loops: bool = True,  # Whether a node may choose itself; False: only where it has nobody else
     ):
         super().__init__()
-        self.query, self.key, self.k = nn.Linear(n_in, width), nn.Linear(n_in, width), k
+        self.query, self.key, self.k, self.loops = nn.Linear(n_in, width), nn.Linear(n_in, width), k, loops
+        self.slopes = nn.Parameter(torch.ones(n_pair)) if n_pair else None
 
     def forward(
         self,
         x: Tensor,                    # [B, N, F]
         present: Tensor|None = None,  # [B, N] bool
+        pairs: Tensor|None = None,    # [B, N, N, E], row looks at column, finite; None where E is 0
     ) -> Tensor:                      # [B, N, N] weights, rows sum to 1; at most k + 1 are not 0
+        if (pairs is None) != (self.slopes is None): raise ValueError(f'pairs are {"not " if pairs is None else ""}given, the graph was built with n_pair={0 if self.slopes is None else len(self.slopes)}')
         if present is not None: x = x.masked_fill(~present[..., None], 0)
         score = self.query(x) @ self.key(x).mT / self.key.out_features ** .5
+        if pairs is not None: score = score + pairs @ self.slopes
         own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         others = ~own if present is None else ~own & present[:, :, None] & present[:, None]
         keep = others.expand_as(score)
         if self.k is not None and self.k < x.shape[1] - 1:
             best = score.masked_fill(~others, float('-inf')).topk(self.k).indices
             keep = torch.zeros_like(keep).scatter(-1, best, True) & others
-        return score.masked_fill(~(keep | own), float('-inf')).softmax(-1)
+        return score.masked_fill(~(keep | own & (self.loops | ~keep.any(-1, keepdim=True))), float('-inf')).softmax(-1)
 
 # %% ../nbs/21_gat.ipynb #b06bcfe0
 class EdgeHead(nn.Module):

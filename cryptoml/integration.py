@@ -111,6 +111,7 @@ def _plain(
     fc: dict,               # What `forecast` gives for one sample, of each
     x: np.ndarray,          # Its newest inputs [F]
     price: float, sigma: float, close: pd.Timestamp, notes: list[str],
+    others: list[str],      # Coins of the panel [N]
 ) -> Prediction:
     "Forecasts of one sample as plain values"
     f, c = s.forecaster, s.forecaster.network.config
@@ -118,13 +119,14 @@ def _plain(
     steps = [h // c.stride - 1 for h in c.horizons]
     scaled, L = f.scaler(x), c.lookback
     value = lambda n: None if n not in f.names or np.isnan(x[f.names.index(n)]) else float(scaled[f.names.index(n)])
-    look = fc['attention'].mean(0)[:L]
+    look, most = fc['attention'].mean(0)[:L], lambda w: [i for i in np.argsort(-w)[:3] if w[i] > 0]
     return Prediction(symbol=symbol, data_time=close.isoformat(), price=price, faults=[], notes=notes, horizons=list(c.horizons), quantile_levels=list(c.quantiles),
         direction=[named(CLASSES, row) for row in fc['direction']], relative=fc['relative'].tolist(), relative_up=fc['relative_direction'][:, 1].tolist(),
         quantiles=fc['path'][steps].tolist(), volatility=np.exp(fc['volatility'][:, len(c.quantiles) // 2]).tolist(), volatility_quantiles=np.exp(fc['volatility']).tolist(),
         regime=named(REGIMES, fc['regime'][-1]), size=fc['size'].tolist(), sigma=sigma, confidence=float(confidence(fc['direction'][-1], fc['size'][-1])),
         in_sample=close < pd.Timestamp(s.terms.trained_until), inputs=[dict(name=n, value=value(n), importance=v) for n, v in s.terms.importance.items()],
-        attention=[dict(bars_ago=int(L - 1 - i), weight=float(look[i])) for i in np.argsort(-look)[:3]])
+        attention=[dict(bars_ago=int(L - 1 - i), weight=float(look[i])) for i in most(look)],
+        coins=[dict(symbol=others[i], weight=float(fc['coins'][i])) for i in most(fc['coins']) if others[i] != symbol])
 
 # %% ../nbs/52_integration.ipynb #e2f68762
 GONE = dict(crosssection='give the bars of the other coins too', crossexchange='give the bars of the other coins, and the sources, as in training', technical='the feed has no history')
@@ -180,7 +182,7 @@ def predict_newest(
     good, report = clean(bars, timeframe, now)
     panel = to_panel(good, timeframe)
     inputs, sigma = f.pick(make_inputs(panel, extra, **sources)), trailing_sigma(panel)
-    usable, out = f.usable(inputs), {}
+    usable, out, ready = f.usable(inputs), {}, {}
     for name in wanted:
         n = panel.symbols.index(name) if name in panel.symbols else None
         t = None if n is None else int(np.flatnonzero(panel.mask[n])[-1])
@@ -194,12 +196,14 @@ def predict_newest(
                 out[name] = _empty(s, name, last, [short]); continue
             window = panel.mask[n, max(0, t + 1 - f.network.config.lookback):t + 1]
             faults = window_faults(f, window, inputs.x[n, t], usable[n, t], sigma[n, t], terms.absent.get(name, ()))
-        if not faults:
-            fc = {k: v[0] for k, v in forecast(f, inputs, sigma, torch.tensor([n * len(panel.time) + t]), each=True).items()}
-            if all(np.isfinite(v).all() for v in fc.values()): out[name] = _plain(s, name, fc, inputs.x[n, t], float(panel['close'][n, t]), float(sigma[n, t]), last + timeframe, masked(s, name, given, window, inputs.x[n, t]))
-            else: faults = ['the model does not answer with numbers']
         if faults: out[name] = _empty(s, name, last, faults)
-    return out
+        else: ready[name] = n, t, masked(s, name, given, window, inputs.x[n, t])
+    if ready: fc = forecast(f, inputs, sigma, torch.tensor([n * len(panel.time) + t for n, t, _ in ready.values()]), each=True)
+    for i, (name, (n, t, notes)) in enumerate(ready.items()):
+        own, last = {k: v[i] for k, v in fc.items()}, panel.time[t]
+        if not all(np.isfinite(v).all() for v in own.values()): out[name] = _empty(s, name, last, ['the model does not answer with numbers']); continue
+        out[name] = _plain(s, name, own, inputs.x[n, t], float(panel['close'][n, t]), float(sigma[n, t]), last + timeframe, notes, panel.symbols)
+    return {name: out[name] for name in wanted}
 
 # %% ../nbs/52_integration.ipynb #05615751
 def train_snapshot(

@@ -42,6 +42,7 @@ class Prediction(TypedDict):
     in_sample: bool                 # The bar was seen in training
     inputs: list | None             # Inputs the forecast rests on: name, value (scaled, 0 is usual), importance (nats)
     attention: list | None          # Past bars attended to most: bars_ago, weight
+    coins: list | None              # Other coins looked at most: symbol, weight
     notes: list[str]                # What was masked and does not forbid a forecast: missing bars, inputs or coins
 
 
@@ -228,6 +229,7 @@ def reasons(
             f'volatility {v:.2%} a bar, {v / p["sigma"]:.1f} times the recent; regime {regime} ({p["regime"][regime]:.2f})']
     if p['inputs']: said.append('rests most on ' + ', '.join(f'{i["name"]} ({i["value"]:+.1f})' if i['value'] is not None else f'{i["name"]} (missing)' for i in p['inputs'][:3]) + ' (present value, 0 is usual)')
     if p['attention']: said.append('attends most to ' + ', '.join(f'{a["bars_ago"]} bars ago ({a["weight"]:.0%})' for a in p['attention'][:3]))
+    if p['coins']: said.append('looks at ' + ', '.join(f'{c["symbol"]} ({c["weight"]:.0%})' for c in p['coins']))
     return said + p['notes'] + [f'the model was judged {terms.verdict} on data until {terms.data_until[:10]}']
 
 # %% ../nbs/50_signals.ipynb #2090c531

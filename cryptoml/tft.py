@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TFTConfig', 'TFTOutput', 'GatedSkip', 'GatedResidualNetwork', 'VariableNetworks', 'VariableSelection',
            'StaticEncoder', 'LocalEncoder', 'InterpretableAttention', 'ordered', 'QuantileHead', 'pinball',
-           'quantile_loss', 'TemporalFusionTransformer', 'check_shapes', 'variable_importance',
-           'permutation_importance', 'attention_by_lag', 'plot_importance', 'plot_attention']
+           'quantile_loss', 'TemporalFusionTransformer', 'overlapping', 'check_shapes', 'TFTStream',
+           'variable_importance', 'permutation_importance', 'attention_by_lag', 'plot_importance', 'plot_attention']
 
 # %% ../nbs/20_tft.ipynb #7595e463
 from collections.abc import Callable
@@ -33,6 +33,7 @@ class TFTConfig:
     lstm_layers: int = 1       # Layers of the encoder and of the decoder LSTM
     quantiles: tuple = (.1, .5, .9)  # Q rising levels inside (0, 1); the middle one is the anchor of the head
     recompute: bool = False    # Compute the variable networks again in the backward pass: less memory, more time
+    families: tuple = ()       # Sizes of consecutive families of past inputs that share a network each; (): a network for every input
 
     def __post_init__(self):
         low = dict(n_past=1, n_future=0, n_static=0, lookback=1, steps=1, d_model=1, n_heads=1, lstm_layers=1)
@@ -40,6 +41,8 @@ class TFTConfig:
             raise ValueError(f'too small: {bad}; the least allowed: { {k: low[k] for k in bad} }')
         if self.d_model % self.n_heads: raise ValueError(f'd_model {self.d_model} is no multiple of n_heads {self.n_heads}')
         if not 0 <= self.dropout < 1: raise ValueError(f'dropout must be in [0, 1), got {self.dropout}')
+        if self.families and (min(self.families) < 1 or sum(self.families) != self.n_past):
+            raise ValueError(f'families must be sizes from 1 that add up to n_past {self.n_past}, got {self.families}')
         q = list(self.quantiles)
         if not q or q != sorted(set(q)) or q[0] <= 0 or q[-1] >= 1:
             raise ValueError(f'quantiles must rise inside (0, 1), got {self.quantiles}')
@@ -49,9 +52,9 @@ class TFTOutput(NamedTuple):
     "Forecast and what it rests on"
     states: Tensor          # [B, K, d] decoder states after the last gate, for further heads
     quantiles: Tensor       # [B, K, Q] forecast, not decreasing along Q
-    past_weights: Tensor    # [B, L, n_past] selection weights, sum to 1 over the last axis
-    future_weights: Tensor  # [B, K, n_future] likewise
-    static_weights: Tensor  # [B, n_static] likewise
+    past_weights: Tensor    # [B, L, n_past] selection weights, sum to 1 over the last axis; of runs once a bar, [S, L + (W - 1) stride, n_past]
+    future_weights: Tensor  # [B, K, n_future] likewise; of runs whose steps are shared once a step
+    static_weights: Tensor  # [B, n_static] likewise; of runs [S, n_static]
     attention: Tensor       # [B, K, L + K] mean over heads, sums to 1 over the last axis
 
 # %% ../nbs/20_tft.ipynb #524f60dc
@@ -92,27 +95,44 @@ class GatedResidualNetwork(nn.Module):
 
 # %% ../nbs/20_tft.ipynb #d945cd3d
 class VariableNetworks(nn.Module):
-    "A gated residual network for each scalar variable and the weighted sum of them (eqs. 7 and 8), folded"
-    def __init__(self, n: int, d: int, dropout: float, recompute: bool = False):
+    "A gated residual network for each scalar variable, or family of them, and the weighted sum (eqs. 7 and 8), folded"
+    def __init__(
+        self,
+        n: int,                  # Variables
+        d: int,                  # Width
+        dropout: float,          # As in the gated residual network
+        recompute: bool = False, # Compute again in the backward pass
+        families: tuple = (),    # Sizes of consecutive families; (): each variable by itself
+    ):
         super().__init__()
         def uniform(*shape, bound=d ** -0.5): return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.families, G = list(families), len(families) or n
         self.first, self.skip = uniform(n, 2, d, bound=1), uniform(n, 2, d, bound=1)   # slope and offset
-        self.second, self.value, self.gate = (uniform(n, d, d) for _ in range(3))      # W_1, W_5, W_4
-        self.second_bias, self.value_bias, self.gate_bias = (uniform(n, 1, d) for _ in range(3))
-        self.gain, self.shift = nn.Parameter(torch.ones(n, 1, d)), nn.Parameter(torch.zeros(n, d))
+        self.second, self.value, self.gate = (uniform(G, d, d) for _ in range(3))      # W_1, W_5, W_4
+        self.second_bias, self.value_bias, self.gate_bias = (uniform(G, 1, d) for _ in range(3))
+        self.gain, self.shift = nn.Parameter(torch.ones(G, 1, d)), nn.Parameter(torch.zeros(G, d))
         self.dropout, self.recompute = dropout, recompute
 
+    def embed(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [P, n] each -> [G, P, d] into eq. 4, [G, P, d] residual of eq. 2, [P, G] weights
+        if not self.families:
+            x1 = torch.stack([x, torch.ones_like(x)], -1).transpose(0, 1)               # [n, P, 2]
+            return x1 @ self.first, x1 @ self.skip, v
+        parts = [p / p.sum(-1, keepdim=True).clamp(min=1e-12) for p in v.split(self.families, -1)]   # v_j / V_g
+        x1 = [torch.cat([p * q, p], -1) for p, q in zip(parts, x.split(self.families, -1))]          # [P, 2 n_g] each
+        by_family = lambda w: [k.transpose(0, 1).flatten(0, 1) for k in w.split(self.families)]      # [2 n_g, d] each
+        h, skip = (torch.stack([a @ b for a, b in zip(x1, by_family(w))]) for w in (self.first, self.skip))
+        return h, skip, torch.stack([p.sum(-1) for p in v.split(self.families, -1)], -1)
+
     def mix(self, x: Tensor, v: Tensor, keep: Tensor) -> Tensor:  # [P, n], [P, n], [P, d] -> [P, d]
-        x1 = torch.stack([x, torch.ones_like(x)], -1).transpose(0, 1)               # [n, P, 2]
-        h = F.elu(x1 @ self.first, inplace=True)                                    # eq. 4
-        h = torch.baddbmm(self.second_bias, h, self.second) * keep                  # eq. 3
+        h, skip, v = self.embed(x, v)
+        h = torch.baddbmm(self.second_bias, F.elu(h, inplace=True), self.second) * keep   # eqs. 4 and 3
         y = torch.baddbmm(self.gate_bias, h, self.gate).sigmoid() * torch.baddbmm(self.value_bias, h, self.value)   # eq. 5
-        y = F.layer_norm(torch.baddbmm(y, x1, self.skip), y.shape[-1:])             # eq. 2
-        return (y * v.t()[..., None] * self.gain).sum(0) + v @ self.shift           # eq. 8
+        y = F.layer_norm(skip + y, y.shape[-1:])                                        # eq. 2
+        return (y * v.t()[..., None] * self.gain).sum(0) + v @ self.shift               # eq. 8
 
     def forward(self, x: Tensor, v: Tensor) -> Tensor:  # [P, n] inputs and weights -> [P, d]
         keep = F.dropout(x.new_ones(len(x), self.shift.shape[1]), self.dropout, self.training)
-        size = 256 if x.device.type == 'cpu' else max(len(x), 1)
+        size = max(len(x), 1) if x.device.type != 'cpu' else 1024 if self.families else 256
         parts = zip(x.split(size), v.split(size), keep.split(size))
         if self.recompute and self.training:
             return torch.cat([checkpoint(self.mix, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
@@ -128,9 +148,10 @@ class VariableSelection(nn.Module):
         dropout: float,          # As in the gated residual network
         context: bool = False,   # Whether the static context c_s is used
         recompute: bool = False, # Recompute the variable networks in the backward pass
+        families: tuple = (),    # Sizes of consecutive families that share a network
     ):
         super().__init__()
-        self.networks = VariableNetworks(n, d, dropout, recompute)
+        self.networks = VariableNetworks(n, d, dropout, recompute, families)
         self.weigh = GatedResidualNetwork(d, dropout, context, n=n) if n > 1 else None
 
     def forward(self, x: Tensor, c: Tensor|None = None) -> tuple[Tensor, Tensor]:  # [..., n], [..., d] -> [..., d], [..., n]
@@ -234,7 +255,7 @@ class TemporalFusionTransformer(nn.Module):
         super().__init__()
         self.config, d, p, static = config, config.d_model, config.dropout, config.n_static > 0
         self.static = StaticEncoder(config.n_static, d, p) if static else None
-        self.past = VariableSelection(config.n_past, d, p, static, config.recompute)
+        self.past = VariableSelection(config.n_past, d, p, static, config.recompute, config.families)
         self.future = VariableSelection(config.n_future, d, p, static, config.recompute) if config.n_future else None
         self.step = None if config.n_future else nn.Parameter(torch.randn(config.steps, d))
         self.local = LocalEncoder(d, config.lstm_layers, p)
@@ -243,40 +264,126 @@ class TemporalFusionTransformer(nn.Module):
         self.feed_forward, self.output_gate = GatedResidualNetwork(d, p), GatedSkip(d, d, p)
         self.head = QuantileHead(d, len(config.quantiles))
 
+    def contexts(self, static: Tensor) -> tuple[list[Tensor|None], Tensor]:  # [B, n_static] -> c_s, c_e, c_h, c_c [B, d]; weights
+        return self.static(static) if self.static else ([None] * 4, static)
+
+    def ahead(self, future: Tensor, c_s: Tensor|None) -> tuple[Tensor, Tensor]:  # [..., K, n_future] -> [..., K, d], weights
+        return self.future(future, c_s) if self.future else (self.step.expand(*future.shape[:-2], -1, -1), future)
+
+    def decode(
+        self,
+        past: Tensor,                    # [B, L, d] selected past inputs
+        future: Tensor,                  # [B, K, d] selected future inputs
+        contexts: list[Tensor|None],     # c_s, c_e, c_h, c_c [B, d]
+    ) -> tuple[Tensor, Tensor]:          # States [B, K, d], attention [B, K, L + K]
+        K, (_, c_e, c_h, c_c) = self.config.steps, contexts
+        phi = self.local(past, future, c_h, c_c)                                      # eq. 17, [B, L + K, d]
+        theta = self.enrich(phi, None if c_e is None else c_e[:, None])               # eq. 18
+        beta, attention = self.attention(theta, K)                                    # eq. 19, [B, K, d]
+        delta = self.attention_gate(beta, theta[:, -K:])                              # eq. 20
+        return self.output_gate(self.feed_forward(delta), phi[:, -K:]), attention     # eqs. 21 and 22
+
     def forward(
         self,
         past: Tensor,                # [B, L, n_past] finite
         future: Tensor|None = None,  # [B, K, n_future] finite; None where n_future is 0
         static: Tensor|None = None,  # [B, n_static] finite; None where n_static is 0
     ) -> TFTOutput:
-        K = self.config.steps
-        past, future, static = check_shapes(self.config, past, future, static)
-        (c_s, c_e, c_h, c_c), v_static = self.static(static) if self.static else ([None] * 4, static)
-        c_s, c_e = (None if c is None else c[:, None] for c in (c_s, c_e))            # the same at every step
+        return self.shared(past, future, static, windows=1)
+
+    def shared(
+        self,
+        past: Tensor,                # [S, L + (W - 1) stride, n_past] runs of bars, finite
+        future: Tensor|None = None,  # [S, W, K, n_future] of each window, or [S, K + (W - 1) stride, n_future] where a step is a bar
+        static: Tensor|None = None,  # [S, n_static], the same over the run
+        windows: int = 1,            # W, windows of a run
+        stride: int = 1,             # Bars from one window to the next
+    ) -> TFTOutput:                  # S W rows: window w of run s is row s W + w
+        "Forecasts of the overlapping windows of runs of bars, with one selection a bar"
+        c, W = self.config, windows
+        past, future, static = check_shapes(c, past, future, static, W, stride)
+        if not c.n_future: future = future.new_zeros(len(past), W, c.steps, 0)
+        contexts, v_static = self.contexts(static)
+        c_s = None if contexts[0] is None else contexts[0][:, None]                   # the same at every bar
         x_past, v_past = self.past(past, c_s)
-        x_future, v_future = self.future(future, c_s) if self.future else (self.step.expand(len(past), -1, -1), future)
-        phi = self.local(x_past, x_future, c_h, c_c)                                  # eq. 17, [B, L + K, d]
-        theta = self.enrich(phi, c_e)                                                 # eq. 18
-        beta, attention = self.attention(theta, K)                                    # eq. 19, [B, K, d]
-        delta = self.attention_gate(beta, theta[:, -K:])                              # eq. 20
-        psi = self.output_gate(self.feed_forward(delta), phi[:, -K:])                 # eqs. 21 and 22
-        return TFTOutput(psi, self.head(psi), v_past, v_future, v_static, attention)
+        x_future, v_future = self.ahead(future, c_s if future.dim() == 3 or c_s is None else c_s[:, None])
+        x_future = overlapping(x_future, c.steps, stride) if future.dim() == 3 else x_future.flatten(0, 1)
+        each = [k if k is None or W == 1 else k.repeat_interleave(W, 0) for k in contexts]
+        psi, attention = self.decode(overlapping(x_past, c.lookback, stride), x_future, each)
+        return TFTOutput(psi, self.head(psi), v_past, v_future.flatten(0, -3), v_static, attention)
 
 # %% ../nbs/20_tft.ipynb #4caca2bf
+def overlapping(
+    x: Tensor,      # [S, T, d]
+    length: int,    # Bars of a window
+    stride: int,    # Bars from one window to the next
+) -> Tensor:        # [S W, length, d], all windows that fit
+    "The windows of runs, run by run"
+    return x if x.shape[1] == length else x.unfold(1, length, stride).transpose(-1, -2).flatten(0, 1)
+
+# %% ../nbs/20_tft.ipynb #449f7c4c
 def check_shapes(
     config: TFTConfig,     # Sizes the inputs must have
-    past: Tensor,          # [B, L, n_past]
-    future: Tensor|None,   # [B, K, n_future]; None where n_future is 0
-    static: Tensor|None,   # [B, n_static]; None where n_static is 0
+    past: Tensor,          # [S, L + (W - 1) stride, n_past]
+    future: Tensor|None,   # [S, W, K, n_future] or [S, K + (W - 1) stride, n_future]; None where n_future is 0
+    static: Tensor|None,   # [S, n_static]; None where n_static is 0
+    windows: int = 1,      # W
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # The same, None replaced by an empty tensor
     "Inputs of the configured shapes, or a ValueError that names the wrong one"
-    B = len(past)
-    want = dict(past=(B, config.lookback, config.n_past), future=(B, config.steps, config.n_future), static=(B, config.n_static))
+    S, more, c = len(past), (windows - 1) * stride, config
+    if windows < 1 or stride < 1: raise ValueError(f'windows and stride must be at least 1, got {windows} and {stride}')
+    want = dict(past=(S, c.lookback + more, c.n_past), future=(S, c.steps + more, c.n_future), static=(S, c.n_static))
+    if future is not None and future.dim() == 4: want['future'] = (S, windows, c.steps, c.n_future)
     got = dict(past=past, future=future, static=static)
     got = {k: past.new_zeros(want[k]) if t is None and want[k][-1] == 0 else t for k, t in got.items()}
     if bad := [f'{k} {None if t is None else tuple(t.shape)}, wanted {want[k]}' for k, t in got.items() if t is None or t.shape != want[k]]:
         raise ValueError('wrong shape: ' + '; '.join(bad))
     return got['past'], got['future'], got['static']
+
+# %% ../nbs/20_tft.ipynb #a6c7db11
+class TFTStream:
+    "Forecasts of the newest bar of S series, with one selection a bar"
+    def __init__(
+        self,
+        model: TemporalFusionTransformer,  # In evaluation mode
+        static: Tensor|None = None,        # [S, n_static], for as long as the stream is used; None where n_static is 0
+    ):
+        if model.training: raise ValueError('the model is in training mode: call eval() first')
+        self.model, self.x, self.weights = model, None, None
+        self.version = self.versions()
+        with torch.no_grad(): self.contexts, self.v_static = model.contexts(next(model.parameters()).new_zeros(1, 0) if static is None else static)
+
+    def versions(self) -> list[int]: return [p._version for p in self.model.parameters()]
+
+    @torch.no_grad()
+    def update(
+        self,
+        bars: Tensor,   # [S, t, n_past] one or more new bars, finite, oldest first
+    ):
+        "Take new bars in"
+        c = self.model.config
+        if bars.dim() != 3 or bars.shape[-1] != c.n_past: raise ValueError(f'bars {tuple(bars.shape)}, wanted [S, t, {c.n_past}]')
+        if self.versions() != self.version: raise ValueError('the weights have changed since this stream began: begin a new one')
+        bars = bars[:, -c.lookback:]
+        c_s = self.contexts[0]
+        new = self.model.past(bars, None if c_s is None else c_s[:, None])
+        if self.x is None: self.x, self.weights = new
+        else: self.x, self.weights = (torch.cat([old, n], 1)[:, -c.lookback:] for old, n in zip((self.x, self.weights), new))
+
+    @torch.no_grad()
+    def forecast(
+        self,
+        future: Tensor|None = None,   # [S, K, n_future]
+    ) -> TFTOutput:
+        "What `forward` gives for the last L bars"
+        c, have = self.model.config, 0 if self.x is None else self.x.shape[1]
+        if have < c.lookback: raise ValueError(f'{have} of {c.lookback} bars have come: update first')
+        if future is None: future = self.x.new_zeros(len(self.x), c.steps, 0)
+        c_s = self.contexts[0]
+        x_future, v_future = self.model.ahead(future, None if c_s is None else c_s[:, None])
+        psi, attention = self.model.decode(self.x, x_future, self.contexts)
+        return TFTOutput(psi, self.model.head(psi), self.weights, v_future, self.v_static, attention)
 
 # %% ../nbs/20_tft.ipynb #8241b22a
 def variable_importance(

@@ -88,7 +88,7 @@ def adamw(
     "AdamW (Loshchilov and Hutter 2019, algorithm 2) that decays matrices only"
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW([dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
-                              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)], lr=lr)
+                              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)], lr=lr, fused=True)
 
 # %% ../nbs/30_trainer.ipynb #c1f18007
 BAD_IN_A_ROW = 5   # Batches without a finite loss and gradient before giving up

@@ -21,7 +21,7 @@ def written(**changed):
     return Prediction(symbol='BTC/USDT', data_time=NOON, price=100., faults=[], horizons=[4, 24], direction=[dict(DOWN=.3, SIDEWAYS=.3, UP=.4)] * 2, relative=[0., .1], relative_up=[.5, .55],
         quantile_levels=[.05, .5, .95], quantiles=[[-.01, .001, .012], [-.03, .004, .04]], volatility=[.005, .006], volatility_quantiles=[[.003, .005, .008]] * 2,
         regime=dict(zip(REGIMES, (.5, .1, .3, .1))), size=[.2, .6], sigma=.005, confidence=.4 / .7, in_sample=False, notes=[],
-        inputs=[dict(name='rsi_14', value=1.2, importance=.01)], attention=[dict(bars_ago=1, weight=.2)]) | changed
+        inputs=[dict(name='rsi_14', value=1.2, importance=.01)], attention=[dict(bars_ago=1, weight=.2)], coins=[dict(symbol='ETH/USDT', weight=.6)]) | changed
 
 real = lambda lo, hi: st.floats(lo, hi, allow_nan=False)
 shares = lambda n: st.lists(real(1e-3, 1), min_size=n, max_size=n).map(lambda x: [v / sum(x) for v in x])

@@ -1,11 +1,12 @@
 "Temporal Fusion Transformer against the paper's equations written as plain loops, and what must hold for any configuration"
 import math
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from cryptoml.tft import (TFTConfig, TemporalFusionTransformer, VariableSelection, attention_by_lag, ordered, permutation_importance,
+from cryptoml.tft import (TFTConfig, TFTStream, TemporalFusionTransformer, VariableSelection, attention_by_lag, ordered, permutation_importance,
                           pinball, quantile_loss, variable_importance)
 
 Q = (.1, .5, .9)
@@ -265,6 +266,81 @@ def test_positions_in_parts_and_recomputed_are_the_same_function():
     a.eval()
     whole, _ = a(x); parts = torch.cat([a(p)[0] for p in x.split(97)])
     assert (whole - parts).abs().max() < 1e-5
+
+
+# ---- runs of windows, streams, families ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('S, W, stride', [(3, 5, 1), (2, 4, 7), (1, 6, 12), (2, 1, 1)])
+@pytest.mark.parametrize('c', GRID[:5], ids=lambda c: f'{c.n_future}-{c.n_static}-L{c.lookback}-K{c.steps}')
+@pytest.mark.parametrize('families', [False, True])
+def test_runs_equal_single_windows(c, S, W, stride, families):
+    c = replace(c, dropout=0., families=(c.n_past - 1, 1) if families else ())
+    net, g = model(c, torch.float64), torch.Generator().manual_seed(1)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    past, future, static = r(S, c.lookback + (W - 1) * stride, c.n_past), r(S, c.steps + (W - 1) * stride, c.n_future), r(S, c.n_static)
+    cut = lambda x, n: torch.stack([x[s, w * stride:w * stride + n] for s in range(S) for w in range(W)])
+    y, results = r(S * W, c.steps), []
+    for out in (net(cut(past, c.lookback), cut(future, c.steps), static.repeat_interleave(W, 0)),
+                net.shared(past, future, static, W, stride), net.shared(past, cut(future, c.steps).unflatten(0, (S, W)), static, W, stride)):
+        net.zero_grad(); (quantile_loss(out.quantiles, y, c.quantiles) + out.states.square().sum()).backward()
+        results.append([out.states, out.quantiles, out.attention] + [p.grad for p in net.parameters() if p.grad is not None])
+    for other in results[1:]:
+        assert len(other) == len(results[0]) and max((a - b).abs().max().item() for a, b in zip(other, results[0])) < 1e-11
+
+
+@pytest.mark.parametrize('c', GRID[:5], ids=lambda c: f'{c.n_future}-{c.n_static}-L{c.lookback}-K{c.steps}')
+def test_stream_equals_forward_at_every_bar(c):
+    net, g = model(c, torch.float64).eval(), torch.Generator().manual_seed(1)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    bars, static = r(3, c.lookback + 9, c.n_past), r(3, c.n_static)
+    stream = TFTStream(net, static if c.n_static else None)
+    stream.update(bars[:, :c.lookback + 2])                              # more than a window at once
+    for t in range(c.lookback + 2, bars.shape[1], 3):
+        stream.update(bars[:, t:t + 3])
+        end, future = min(t + 3, bars.shape[1]), r(3, c.steps, c.n_future)
+        want = net(bars[:, end - c.lookback:end], future, static)
+        for name, got in stream.forecast(future)._asdict().items():
+            if getattr(want, name).numel(): assert (got - getattr(want, name)).abs().max() < 1e-12, name
+
+
+def test_stream_refuses_what_does_not_fit():
+    c = GRID[0]; net = model(c)
+    with pytest.raises(ValueError, match='training mode'): TFTStream(net, torch.zeros(2, c.n_static))
+    stream = TFTStream(net.eval(), torch.zeros(2, c.n_static))
+    with pytest.raises(ValueError, match=r'wanted \[S, t, 5\]'): stream.update(torch.zeros(2, 5))
+    stream.update(torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match='3 of 7 bars'): stream.forecast(torch.zeros(2, 4, 3))
+    net.load_state_dict(model(c, seed=1).state_dict())
+    with pytest.raises(ValueError, match='weights have changed'): stream.update(torch.zeros(2, 1, 5))
+
+
+def test_families_by_a_loop():
+    torch.manual_seed(0)
+    sizes = (3, 1, 2)
+    net = VariableSelection(6, 8, 0., families=sizes).double(); x = torch.randn(10, 6, dtype=torch.float64)
+    got, v = net(x); f = net.networks
+    with torch.no_grad():
+        for p in (f.gain, f.shift): p.add_(torch.randn_like(p))
+        got, v = net(x)
+        for i in range(10):
+            total, start = 0, 0
+            for g, n in enumerate(sizes):
+                m = range(start, start + n); start += n
+                V = sum(v[i, j] for j in m)
+                h = sum(v[i, j] / V * (f.first[j, 0] * x[i, j] + f.first[j, 1]) for j in m)
+                skip = sum(v[i, j] / V * (f.skip[j, 0] * x[i, j] + f.skip[j, 1]) for j in m)
+                eta = nn.functional.elu(h) @ f.second[g] + f.second_bias[g, 0]
+                glu = torch.sigmoid(eta @ f.gate[g] + f.gate_bias[g, 0]) * (eta @ f.value[g] + f.value_bias[g, 0])
+                total = total + V * (nn.functional.layer_norm(skip + glu, (8,)) * f.gain[g, 0] + f.shift[g])
+            assert (got[i] - total).abs().max() < 1e-12
+
+
+def test_a_family_of_no_weight_is_harmless():
+    net = VariableSelection(6, 8, 0., families=(3, 3))
+    with torch.no_grad():
+        net.weigh.gate.norm.weight.fill_(0); net.weigh.gate.norm.bias.copy_(torch.tensor([0., 0, 0, -200, -200, -200]))
+    out, v = net(torch.randn(10, 6)); out.sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters()) and (v[:, 3:] == 0).all()
 
 
 def test_dropout_drops_in_training_only_and_by_the_seed():

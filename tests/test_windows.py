@@ -1,29 +1,43 @@
 """Windows: any panel, any sample, against slicing by hand; nothing after the decision is read"""
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from cryptoml.data import DataError
-from cryptoml.windows import Scaler, Windows, batches, grid, missing, usable
+from cryptoml.windows import Scaler, Windows, batches, dates, grid, missing, relate
 
 
 def make(N, T, F, L, K, step, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Windows(torch.randn(N, T, F, generator=g), torch.randn(T + K * step, 4, generator=g), torch.randn(N, 3, 2, generator=g),
-                   torch.arange(T) * 3 // T, dict(y=torch.randn(N, T, 2, generator=g)), L, K, step)
+    return Windows(torch.randn(N, T, F, generator=g), torch.randn(T + K * step, 4, generator=g), torch.randn(N, 3, 2, generator=g), torch.randn(N, N, 3, 2, generator=g),
+                   torch.arange(T) * 3 // T, torch.rand(N, T, generator=g) > .3, dict(y=torch.randn(N, T, 2, generator=g), k=torch.randint(3, (N, T), generator=g)), L, K, step)
 
 
-@settings(max_examples=40, deadline=None)
-@given(N=st.integers(1, 4), extra=st.integers(0, 30), F=st.integers(1, 5), L=st.integers(1, 12), K=st.integers(1, 4), step=st.integers(1, 5), seed=st.integers(0, 99))
-def test_batch_is_slicing(N, extra, F, L, K, step, seed):
-    T = L + extra
+@settings(max_examples=60, deadline=None)
+@given(N=st.integers(1, 4), extra=st.integers(0, 30), F=st.integers(1, 5), L=st.integers(1, 12), K=st.integers(1, 4), step=st.integers(1, 5), W=st.integers(1, 4), apart=st.integers(1, 6), seed=st.integers(0, 99))
+def test_batch_is_slicing(N, extra, F, L, K, step, W, apart, seed):
+    T = L + (W - 1) * apart + extra
     w = make(N, T, F, L, K, step, seed)
-    ids = grid(usable(np.ones((N, T), bool), L), np.arange(T))
-    assert len(ids) == N * (T - L + 1)
-    b = w.batch(ids)
-    for i, s in enumerate(ids.tolist()):
-        n, t = divmod(s, T)
-        assert torch.equal(b['past'][i], w.past[n, t - L + 1:t + 1])
-        assert torch.equal(b['future'][i, :, :4], w.future[[t + step * k for k in range(1, K + 1)]])
-        assert torch.equal(b['static'][i], w.static[n, w.month[t]]) and torch.equal(b['y'][i], w.labels['y'][n, t])
+    first = torch.arange(L - 1, T - (W - 1) * apart)
+    b = w.batch(first, W, apart)
+    for i, d in enumerate(first.tolist()):
+        assert torch.equal(b['past'][i], w.past[:, d - L + 1:d + (W - 1) * apart + 1])
+        assert torch.equal(b['static'][i], w.static[:, w.month[d]]) and torch.equal(b['pairs'][i], w.pairs[:, :, w.month[d]])
+        for j in range(W):
+            t = d + j * apart
+            assert torch.equal(b['future'][i, j, :, :4], w.future[[t + step * k for k in range(1, K + 1)]])
+            assert torch.equal(b['y'][i, j], w.labels['y'][:, t]) and torch.equal(b['k'][i, j], w.labels['k'][:, t]) and torch.equal(b['present'][i, j], w.usable[:, t])
+
+
+@settings(max_examples=60, deadline=None)
+@given(T=st.integers(1, 120), L=st.integers(1, 20), W=st.integers(1, 4), apart=st.integers(1, 6), seed=st.integers(0, 999))
+def test_runs_by_a_loop(T, L, W, apart, seed):
+    rng = np.random.default_rng(seed)
+    ok, rows, bar = rng.random((2, T)) < .3, rng.random(T) < .9, np.arange(T) + rng.integers(1000)
+    met = []
+    for phase in range(W * apart):
+        want = [t for t in range(L - 1, T) if bar[t] % (W * apart) == phase and all(t + j * apart < T and rows[t + j * apart] for j in range(W)) and any(ok[:, t + j * apart].any() for j in range(W))]
+        assert dates(ok, rows, bar, L, W, apart, phase).tolist() == want
+        met += want
+    assert len(met) == len(set(met))
 
 
 @settings(max_examples=40, deadline=None)
@@ -37,17 +51,63 @@ def test_phases_hold_each_sample_once(seed, stride):
 
 def test_later_bars_do_not_reach_the_past():
     w = make(2, 60, 3, 8, 2, 3)
-    ids = torch.tensor([20, 60 + 33])
-    before = w.batch(ids)['past'].clone()
-    w.past[0, 21:], w.past[1, 34:] = 1e9, 1e9
-    assert torch.equal(w.batch(ids)['past'], before)
+    date = torch.tensor([20, 33])
+    before = w.batch(date, 2, 4)['past'].clone()
+    w.past[:, 25:33] = 1e9
+    assert torch.equal(w.batch(date, 2, 4)['past'][0], before[0])
+    w.past[:, 38:] = 1e9
+    assert torch.equal(w.batch(date, 2, 4)['past'][0], before[0])
 
 
 def test_no_copy_of_the_panel():
     w = make(4, 5000, 20, 64, 2, 3)
     held = w.past.untyped_storage().nbytes()
     assert held == w.past.numel() * 4 and w.to('cpu').past.data_ptr() == w.past.data_ptr()
-    assert w.batch(torch.tensor([100, 200]))['past'].numel() == 2 * 64 * 20
+    assert w.batch(torch.tensor([100, 200]))['past'].numel() == 2 * 4 * 64 * 20
+
+
+def panel(n, seed, holes=0.):
+    rng = np.random.default_rng(seed)
+    time = pd.date_range('2024-01-15', periods=24 * 75, freq='h', tz='UTC')
+    close = np.exp(np.cumsum(rng.normal(0, .01, len(time)) + rng.normal(0, .01, (n, len(time))), 1))
+    close[rng.random(close.shape) < holes] = np.nan
+    return time, close
+
+
+@pytest.mark.parametrize('holes', [0., .1])
+def test_relations_by_a_loop(holes):
+    time, close = panel(4, 0, holes)
+    got = relate(time, close)
+    ret = np.diff(np.log(close), axis=1, prepend=np.nan)
+    s = int(np.flatnonzero(time.month == 2)[0])
+    for m, first in enumerate([0, s, int(np.flatnonzero(time.month == 3)[0])]):
+        r = pd.DataFrame(ret[:, max(0, first - 720):first].T)
+        if not len(r): assert not got[:, :, m].any(); continue
+        z = r - r.mean(); market = z.mean(axis=1)
+        rest = pd.DataFrame({i: z[i] - market * (z[i] * market).sum() / (market[z[i].notna()] ** 2).sum() for i in z})
+        rest = (rest / np.sqrt((rest ** 2).mean())).clip(-3, 3); unit = z / np.sqrt((z ** 2).mean())
+        for i in range(4):
+            for j in range(4):
+                if i == j: assert not got[i, j, m].any(); continue
+                assert abs(got[i, j, m, 0] - (unit[i] * unit[j]).mean()) < 1e-5
+                after = (rest[i] * rest[j].shift(1)).dropna()
+                assert abs(got[i, j, m, 1] - after.sum() / np.sqrt(len(after))) < 1e-4
+
+
+def test_relations_of_a_month_know_earlier_months_only_and_no_order():
+    time, close = panel(5, 1, .05)
+    base, order = relate(time, close), [3, 1, 4, 0, 2]
+    assert np.allclose(relate(time, close[order]), base[order][:, order], atol=1e-5)
+    late = close.copy(); late[:, time.month == 3] *= 7
+    assert np.array_equal(relate(time, late)[:, :, :3], base[:, :, :3])
+
+
+def test_relations_without_history_are_zero():
+    time, close = panel(3, 2)
+    close[1, :] = np.nan; close[2, :24 * 16 - 50] = np.nan                  # one coin never, one for 50 bars of the first month
+    got = relate(time, close)
+    assert np.isfinite(got).all() and not got[1].any() and not got[:, 1].any() and not got[2, :, 1].any() and got[2, 0, 2].any()
+    assert relate(time, close[:1]).shape == (1, 1, 3, 2)
 
 
 @settings(max_examples=30, deadline=None)
