@@ -228,7 +228,7 @@ def train(
             yield w.batch(put(d), config.windows, config.every)
     valid = batches(known, max(1, 1024 // len(ok)))
     validate = lambda network: network.score(w.batch(put(d)) for d in valid)
-    trainer = UltimateTrainer(f.network, TrainConfig(epochs=config.epochs, lr=config.lr, seed=config.seed), out, device)
+    trainer = UltimateTrainer(f.network, TrainConfig(epochs=config.epochs, lr=config.lr, average=.98, seed=config.seed), out, device)
     return f, trainer.fit(epoch, lambda network, batch: network.loss(batch), validate)
 
 # %% ../nbs/36_forecaster.ipynb #0746fc42

@@ -14,14 +14,14 @@ from torch import nn, Tensor
 from .baselines import LSTMPredictor, LinearPredictor, TransformerPredictor
 from .gat import DynamicGraph, GATConfig, GraphAttentionNetwork
 from .mtl import MultiTaskLearningHead, MultiTaskLoss, quantile_nll
-from .tft import GatedSkip, TFTConfig, TFTStream, TemporalFusionTransformer, overlapping, pinball
+from .tft import GatedSkip, QuantileHead, TFTConfig, TFTStream, TemporalFusionTransformer, overlapping, pinball
 
 # %% ../nbs/24_network.ipynb #cacf1148
 SIZES = dict(small=dict(d_model=16, n_heads=4, lookback=24),
              base=dict(d_model=56, n_heads=4, lookback=96, recompute=True),
              large=dict(d_model=128, n_heads=8, lookback=168, recompute=True))
 BODIES = dict(tft=TemporalFusionTransformer, lstm=LSTMPredictor, transformer=TransformerPredictor, linear=LinearPredictor)
-MODELS = dict(network=('tft', True), tft=('tft', False), gat=('linear', True), lstm=('lstm', False), transformer=('transformer', False), linear=('linear', False))   # Name to body and graph
+MODELS = dict(network=('linear', 'tft', 'graph'), ungraphed=('linear', 'tft'), gat=('linear', 'graph'), tft=('tft',), lstm=('lstm',), transformer=('transformer',), linear=('linear',))   # Name to parts
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -51,9 +51,9 @@ class NetworkConfig:
     @property
     def steps(self) -> int: return self.horizons[-1] // self.stride
 
-    def body(self) -> TFTConfig:
-        "Configuration of the body"
-        return TFTConfig(self.n_past, self.n_future, self.n_static, self.lookback, self.steps, self.d_model, self.n_heads, self.dropout, quantiles=self.quantiles, recompute=self.recompute, families=self.families)
+    def body(self, kind: str) -> TFTConfig:
+        "Configuration of a body; the linear one sees the newest bar alone"
+        return TFTConfig(self.n_past, self.n_future, self.n_static, 1 if kind == 'linear' else self.lookback, self.steps, self.d_model, self.n_heads, self.dropout, quantiles=self.quantiles, recompute=self.recompute, families=self.families)
 
 # %% ../nbs/24_network.ipynb #d6a6732d
 class CoinGraph(nn.Module):
@@ -67,7 +67,7 @@ class CoinGraph(nn.Module):
     ):
         super().__init__()
         self.who = DynamicGraph(d, d, n_pair=n_pair, loops=False)
-        self.attend = GraphAttentionNetwork(GATConfig(d, d, n_layers=1, out_heads=heads, dropout=dropout, loops=False))
+        self.all, self.leaders = (GraphAttentionNetwork(GATConfig(d, d, n_layers=1, out_heads=heads, dropout=dropout, loops=False)) for _ in range(2))
         self.gate = GatedSkip(d, d, dropout)
 
     def forward(
@@ -75,49 +75,55 @@ class CoinGraph(nn.Module):
         states: Tensor,   # [D, W, N, K, d] of D dates, W windows, N coins, K steps
         pairs: Tensor,    # [D, N, N, E]
         present: Tensor,  # [D, W, N] bool
-    ) -> tuple[Tensor, Tensor]:   # [D, W, N, K, d], and attention [D, W, K, N, N], row looks at column
+    ) -> tuple[Tensor, Tensor]:   # [D, W, N, K, d], and attention to leaders [D, W, K, N, N], row looks at column
         D, W, N, K, _ = states.shape
         x = states.transpose(2, 3).flatten(0, 2)                                        # [D W K, N, d]
         there = present[:, :, None].expand(-1, -1, K, -1).flatten(0, 2)
         weight = self.who(x, there, pairs[:, None, None].expand(-1, W, K, -1, -1, -1).flatten(0, 2))
-        out = self.attend(x, weight=weight, present=there, attention=True)
-        y = self.gate(out.states, x).unflatten(0, (D, W, K)).transpose(2, 3)
-        return y, out.attention[0].mean(1).unflatten(0, (D, W, K))
+        seen = self.leaders(x, weight=weight, present=there, attention=True)
+        y = self.gate(self.all(x, present=there).states + seen.states, x).unflatten(0, (D, W, K)).transpose(2, 3)
+        return y, seen.attention[0].mean(1).unflatten(0, (D, W, K))
 
 # %% ../nbs/24_network.ipynb #835cb6ee
-def read_past(body: nn.Module, batch: dict[str, Tensor]):
-    "Output of the body for the windows of every coin; rows by date, coin, window"
-    c, W, N = body.config, batch['present'].shape[1], batch['past'].shape[1]
+def read_past(body: nn.Module, batch: dict[str, Tensor], lookback: int):
+    "Output of a body for the windows of every coin; rows by date, coin, window"
+    L, W, N = body.config.lookback, batch['present'].shape[1], batch['past'].shape[1]
     past, static = batch['past'].flatten(0, 1), batch['static'].flatten(0, 1)
+    apart, past = (past.shape[1] - lookback) // max(W - 1, 1) or 1, past[:, lookback - L:]
     future = batch['future'][:, None].expand(-1, N, -1, -1, -1).flatten(0, 1)          # the same for all coins
-    apart = (past.shape[1] - c.lookback) // max(W - 1, 1) or 1
     if isinstance(body, TemporalFusionTransformer): return body.shared(past, future, static, W, apart)
-    return body(overlapping(past, c.lookback, apart), future.flatten(0, 1), static.repeat_interleave(W, 0))
+    return body(overlapping(past, L, apart), future.flatten(0, 1), static.repeat_interleave(W, 0))
 
 # %% ../nbs/24_network.ipynb #2471d10c
 class Network(nn.Module):
     "A model over time, a graph over coins, heads for the tasks"
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        self.config, c = config, config
-        body, graph = MODELS[c.model]
-        self.body = BODIES[body](c.body())
-        self.graph = CoinGraph(c.d_model, c.n_heads, c.n_pair, c.dropout) if graph else None
-        self.heads = MultiTaskLearningHead(c.d_model, len(c.horizons), c.quantiles)
+        self.config, c, parts = config, config, MODELS[config.model]
+        self.bodies = nn.ModuleDict({k: BODIES[k](c.body(k)) for k in parts if k in BODIES})
+        for body in self.bodies.values(): body.head = nn.Identity()          # one head for all, behind the graph
+        self.share = nn.Parameter(torch.full((c.d_model,), .1)) if 'linear' in parts and 'tft' in parts else None
+        self.rates = {'bodies.tft': .1} if self.share is not None else {}    # for the optimiser
+        self.graph = CoinGraph(c.d_model, c.n_heads, c.n_pair, c.dropout) if 'graph' in parts else None
+        self.heads, self.path = MultiTaskLearningHead(c.d_model, len(c.horizons), c.quantiles), QuantileHead(c.d_model, len(c.quantiles))
         self.tasks = MultiTaskLoss(c.quantiles)
         self.path_scale = nn.Parameter(torch.zeros(()))
         self.at = [h // c.stride - 1 for h in c.horizons]
 
-    def see(self, batch: dict[str, Tensor]):   # Body's output by date, coin, window; states [D, W, N, K, d]; attention over coins [D, W, K, N, N] or None
-        seen = read_past(self.body, batch)
+    def see(self, batch: dict[str, Tensor]):   # Output of each body; states [D, W, N, K, d]; attention to leaders [D, W, K, N, N] or None
+        seen = {k: read_past(body, batch, self.config.lookback) for k, body in self.bodies.items()}
         D, W, N = batch['present'].shape
-        states, looked = seen.states.unflatten(0, (D, N, W)).transpose(1, 2), None
-        if self.graph: states, looked = self.graph(states, batch['pairs'], batch['present'])
-        return seen, states, looked
+        states = self.join(seen).unflatten(0, (D, N, W)).transpose(1, 2)
+        return (seen, *self.exchange(states, batch['pairs'], batch['present']))
+
+    def join(self, seen: dict) -> Tensor: return sum(o.states * self.share if k == 'tft' and self.share is not None else o.states for k, o in seen.items())
+
+    def exchange(self, states: Tensor, pairs: Tensor, present: Tensor) -> tuple[Tensor, Tensor|None]:
+        return self.graph(states, pairs, present) if self.graph else (states, None)
 
     def outputs(self, states: Tensor) -> dict[str, Tensor]:   # [D, W, N, K, d] -> raw outputs of every head, and path [B, K, Q]
         states = states.flatten(0, 2)
-        return self.heads(states[:, self.at]) | dict(path=self.body.head(states))
+        return self.heads(states[:, self.at]) | dict(path=self.path(states))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:   # Rows by date, window, coin
         return self.outputs(self.see(batch)[1])
@@ -135,9 +141,9 @@ class Network(nn.Module):
         out, (D, W, N), L = self.outputs(states), states.shape[:3], self.config.lookback
         above, by_row = out['relative_direction'].sigmoid(), lambda x: x.unflatten(0, (D, N, W)).transpose(1, 2).flatten(0, 2)
         out |= dict(direction=out['direction'].softmax(-1), regime=out['regime'].softmax(-1), relative_direction=torch.stack([1 - above, above], -1))
-        if hasattr(seen, 'attention'):
-            apart = (seen.past_weights.shape[1] - L) // max(W - 1, 1) or 1
-            out |= dict(importance=by_row(overlapping(seen.past_weights, L, apart).mean(1)), attention=by_row(seen.attention))
+        if tft := seen.get('tft'):
+            apart = (tft.past_weights.shape[1] - L) // max(W - 1, 1) or 1
+            out |= dict(importance=by_row(overlapping(tft.past_weights, L, apart).mean(1)), attention=by_row(tft.attention))
         return out if looked is None else out | dict(coins=looked.mean(2).flatten(0, 2))
 
     @torch.no_grad()
@@ -182,9 +188,11 @@ class NetworkStream:
         static: Tensor,      # [N, n_static]
         pairs: Tensor,       # [N, N, n_pair]
     ):
-        self.network, self.pairs, self.body = network, pairs, TFTStream(network.body, static)
+        self.network, self.static, self.pairs, self.newest = network, static, pairs, None
+        self.tft = TFTStream(network.bodies['tft'], static)
 
-    def update(self, bars: Tensor): self.body.update(bars)   # [N, t, n_past], oldest first
+    def update(self, bars: Tensor):   # [N, t, n_past], oldest first
+        self.tft.update(bars); self.newest = bars[:, -1:]
 
     @torch.no_grad()
     def forecast(
@@ -192,7 +200,6 @@ class NetworkStream:
         future: Tensor,    # [K, n_future]
         present: Tensor,   # [N] bool
     ) -> dict[str, Tensor]:  # What `read` gives, a row a coin
-        seen = self.body.forecast(future.expand(len(present), -1, -1))
-        states, looked = seen.states[None, None], None
-        if self.network.graph: states, looked = self.network.graph(states, self.pairs[None], present[None, None])
-        return self.network.report(seen, states, looked)
+        net, future = self.network, future.expand(len(present), -1, -1)
+        seen = {k: self.tft.forecast(future) if k == 'tft' else body(self.newest, future, self.static) for k, body in net.bodies.items()}
+        return net.report(seen, *net.exchange(net.join(seen)[None, None], self.pairs[None], present[None, None]))

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .state import append_line, generations, load, lock, replace_file, save
@@ -71,12 +72,14 @@ class TrainConfig:
     lr_patience: int = 2        # Epochs without one before the learning rate falls
     lr_factor: float = 0.5      # By what it is multiplied then
     min_lr: float = 1e-6        # Where it stays
+    average: float = 0.         # Decay a step of the running mean of the weights that is validated and kept; 0: the weights themselves
     seed: int = 0               # Of batches and dropout
     amp: bool = False           # bfloat16 in the forward pass, on CUDA only
 
     def __post_init__(self):
         for k in ('epochs', 'lr', 'clip', 'patience'):
             if not getattr(self, k) > 0: raise TrainerError(f'{k} must be above 0, got {getattr(self, k)}')
+        if not 0 <= self.average < 1: raise TrainerError(f'average must be in [0, 1), got {self.average}')
         if not 0 < self.lr_factor < 1: raise TrainerError(f'lr_factor must be between 0 and 1, got {self.lr_factor}')
 
 # %% ../nbs/30_trainer.ipynb #a6bd29ee
@@ -86,9 +89,10 @@ def adamw(
     weight_decay: float,  # Of parameters with two dimensions or more
 ) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019, algorithm 2) that decays matrices only"
-    params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
-                              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)], lr=lr, fused=True)
+    factor = lambda name: next((f for start, f in getattr(model, 'rates', {}).items() if name.startswith(start)), 1.)
+    params = [(factor(k), p) for k, p in model.named_parameters() if p.requires_grad]
+    group = lambda f, matrix: dict(params=[p for g, p in params if g == f and (p.ndim >= 2) == matrix], lr=f * lr, weight_decay=weight_decay if matrix else 0.)
+    return torch.optim.AdamW([group(f, matrix) for f in sorted({f for f, _ in params}, reverse=True) for matrix in (True, False)], lr=lr, fused=True)
 
 # %% ../nbs/30_trainer.ipynb #c1f18007
 BAD_IN_A_ROW = 5   # Batches without a finite loss and gradient before giving up
@@ -107,6 +111,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     clip: float = 1.0,    # Largest norm of the gradient
     amp: bool = False,    # bfloat16 autocast
+    after: Callable|None = None,  # Called with the model after each step
 ) -> dict[str, float]:    # Means over the steps taken: 'loss' and the parts; and 'skipped', a count
     "One pass over the batches, a step each"
     device = next(model.parameters()).device
@@ -123,6 +128,7 @@ def train_epoch(
             raise TrainerError(f'loss or gradient was not finite in {bad} batches in a row, after {steps} good steps '
                                f'(loss {value.item()}, norm of the gradient {norm.item()}): look for NaN in the batches, or lower lr')
         optimizer.step()
+        if after: after(model)
         steps, bad = steps + 1, 0
         for k, v in (parts | dict(loss=value)).items():
             totals[k] = totals.get(k, 0) + (v.detach().double() if isinstance(v, Tensor) else v)   # stays on the device
@@ -172,8 +178,12 @@ class _Training:
     def __init__(self, model: nn.Module, config: TrainConfig, root: Path):
         self.model, self.config, self.root = model, config, root
         self.optimizer = adamw(model, config.lr, config.weight_decay)
+        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
         self.plateau = ReduceLROnPlateau(self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr)
         self.best, self.best_loss, self.best_epoch, self.history = {}, math.inf, 0, []
+
+    @property
+    def kept(self) -> nn.Module: return self.mean.module if self.mean else self.model
 
     def done(self) -> bool:
         return len(self.history) >= self.config.epochs or len(self.history) - self.best_epoch >= self.config.patience
@@ -182,19 +192,20 @@ class _Training:
         self.history.append(row)
         if row['valid_loss'] < self.best_loss:
             self.best_loss, self.best_epoch = row['valid_loss'], row['epoch']
-            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best = {k: v.detach().clone() for k, v in self.kept.state_dict().items()}
         self.plateau.step(row['valid_loss'])
 
     def save(self):
         moments, lrs = pack(self.optimizer)
         content = dict(config=asdict(self.config), lrs=lrs, plateau={k: self.plateau.state_dict()[k] for k in ('best', 'num_bad_epochs', 'last_epoch')},
                        best_loss=self.best_loss, best_epoch=self.best_epoch, history=self.history)
-        save(self.root, dict(model=self.model.state_dict(), best=self.best, optimizer=moments), content, keep=2)
+        save(self.root, dict(model=self.model.state_dict(), best=self.best, optimizer=moments) | (dict(mean=self.mean.state_dict()) if self.mean else {}), content, keep=2)
 
     def load(self):
         tensors, c = load(self.root)
         _same_run(self.root, c['config'], asdict(self.config), tensors['model'], self.model.state_dict())
         self.model.load_state_dict(tensors['model'])
+        if self.mean: self.mean.load_state_dict(tensors['mean'])
         unpack(self.optimizer, tensors['optimizer'], c['lrs'])
         infinite = lambda v: math.inf if v is None else v   # JSON has no infinity
         self.plateau.load_state_dict(c['plateau'] | dict(best=infinite(c['plateau']['best']), _last_lr=c['lrs']))
@@ -213,9 +224,9 @@ def _epoch(
     order = torch.Generator().manual_seed(epoch_seed(c.seed, epoch, 'batches'))
     bar = tqdm(batches(epoch, order), desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
     amp = c.amp and next(run.model.parameters()).is_cuda
-    train = train_epoch(run.model, bar, loss, run.optimizer, c.clip, amp)
-    run.model.eval()
-    with torch.no_grad(): valid = {k: float(v) for k, v in validate(run.model).items()}
+    train = train_epoch(run.model, bar, loss, run.optimizer, c.clip, amp, run.mean and run.mean.update_parameters)
+    run.kept.eval()
+    with torch.no_grad(): valid = {k: float(v) for k, v in validate(run.kept).items()}
     if 'loss' not in valid: raise TrainerError(f"validate must return 'loss', got {sorted(valid)}")
     end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)
     run.add(dict(epoch=epoch) | {f'train_{k}': v for k, v in train.items()} | {f'valid_{k}': v for k, v in valid.items()} | end)
