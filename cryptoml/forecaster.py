@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEN', 'Inputs', 'own_columns', 'all_features', 'make_inputs', 'split', 'ForecasterConfig', 'Forecaster',
            'needed_history', 'make_labels', 'present', 'families', 'begin', 'train', 'forecast', 'importance',
-           'save_forecaster', 'load_forecaster', 'rebuild']
+           'plot_reasons', 'save_forecaster', 'load_forecaster', 'rebuild']
 
 # %% ../nbs/36_forecaster.ipynb #f1cdd6ce
 import threading
@@ -21,7 +21,7 @@ from .network import MODELS, Network, NetworkConfig, SIZES
 from .splits import walk_forward
 from .state import StateError, load, save
 from .targets import Targets, path
-from .tft import permutation_importance
+from .tft import permutation_importance, plot_attention, plot_importance
 from .trainer import TrainConfig, TrainerError, UltimateTrainer, pick_device
 from .windows import CALENDAR, MEMORY, PAIRS, STATIC, Scaler, Windows, batches, calendar, dates, describe, missing, relate, usable
 
@@ -277,6 +277,23 @@ def importance(
         parts = f.network.loss(batch | dict(past=past.view_as(batch['past'])))[1]
         return sum(parts[k] for k in ('direction', 'relative', 'relative_direction', 'path'))
     return permutation_importance(loss, rows, f.names + [f'missing {g}' for g in f.groups])
+
+# %% ../nbs/36_forecaster.ipynb #3af81968
+def plot_reasons(
+    f: Forecaster,
+    own: dict[str, np.ndarray],   # What `forecast` gives for one sample, of each
+    symbols: list[str],           # Coins of the panel
+    top: int = 8,                 # Inputs and coins shown
+):                                # Matplotlib figure
+    "What one forecast of the network rests on"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(1, 3, figsize=(10, .25 * top + 1), gridspec_kw=dict(width_ratios=(1, 1.6, .8)))
+    plot_importance(pd.Series(own['importance'], f.names + [f'missing {g}' for g in f.groups], name='selection weight').sort_values(ascending=False), ax[0], top)
+    K, T = own['attention'].shape
+    plot_attention(pd.DataFrame(own['attention'], pd.RangeIndex(1, K + 1), pd.RangeIndex(T - K - 1, -K - 1, -1)), ax[1])
+    plot_importance(pd.Series(own['coins'], symbols, name='attention').sort_values(ascending=False), ax[2], top)
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/36_forecaster.ipynb #ccd63c16
 def save_forecaster(f: Forecaster, root, **about):

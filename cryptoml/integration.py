@@ -162,6 +162,17 @@ def masked(
         + ([f'bars of {", ".join(others[:3])} were not given: {len(others)} of {len(s.terms.symbols)} coins'] if others else [])
 
 # %% ../nbs/52_integration.ipynb #f8879458
+def _forecasts(s: Snapshot, inputs, sigma: np.ndarray, ready: dict[str, tuple[int, int, list[str]]]) -> dict[str, Prediction]:
+    "Predictions of all coins that can be forecast, in one pass; `ready` is name to coin, bar and notes"
+    panel, out = inputs.panel, {}
+    if ready: fc = forecast(s.forecaster, inputs, sigma, torch.tensor([n * len(panel.time) + t for n, t, _ in ready.values()]), each=True)
+    for i, (name, (n, t, notes)) in enumerate(ready.items()):
+        own, last = {k: v[i] for k, v in fc.items()}, panel.time[t]
+        if not all(np.isfinite(v).all() for v in own.values()): out[name] = _empty(s, name, last, ['the model does not answer with numbers']); continue
+        out[name] = _plain(s, name, own, inputs.x[n, t], float(panel['close'][n, t]), float(sigma[n, t]), last + panel.timeframe, notes, panel.symbols)
+    return out
+
+# %% ../nbs/52_integration.ipynb #e4b70a6e
 def predict_newest(
     s: Snapshot,
     data, symbol: str | None,      # Bars, and the symbol to predict; None: every coin of the model
@@ -198,11 +209,7 @@ def predict_newest(
             faults = window_faults(f, window, inputs.x[n, t], usable[n, t], sigma[n, t], terms.absent.get(name, ()))
         if faults: out[name] = _empty(s, name, last, faults)
         else: ready[name] = n, t, masked(s, name, given, window, inputs.x[n, t])
-    if ready: fc = forecast(f, inputs, sigma, torch.tensor([n * len(panel.time) + t for n, t, _ in ready.values()]), each=True)
-    for i, (name, (n, t, notes)) in enumerate(ready.items()):
-        own, last = {k: v[i] for k, v in fc.items()}, panel.time[t]
-        if not all(np.isfinite(v).all() for v in own.values()): out[name] = _empty(s, name, last, ['the model does not answer with numbers']); continue
-        out[name] = _plain(s, name, own, inputs.x[n, t], float(panel['close'][n, t]), float(sigma[n, t]), last + timeframe, notes, panel.symbols)
+    out |= _forecasts(s, inputs, sigma, ready)
     return {name: out[name] for name in wanted}
 
 # %% ../nbs/52_integration.ipynb #05615751

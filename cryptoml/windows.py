@@ -189,6 +189,7 @@ def dates(
     t = first[first + (windows - 1) * apart < len(bar), None] + apart * np.arange(windows)         # [D, W]
     return torch.from_numpy(t[rows[t].all(1) & ok[:, t].any((0, 2)) & (t[:, 0] >= lookback - 1)][:, 0])
 
+# %% ../nbs/19_windows.ipynb #1db591ca
 def batches(
     items: Tensor,                      # Sample numbers or dates [S]
     size: int,                          # Items a batch; a last batch under half of it is left out
