@@ -151,7 +151,9 @@ def test_gap_before_the_newest(desk, n, back):
 
 def test_gap_of_the_other_coin(desk):
     other = np.flatnonzero(desk.bars['symbol'] == OTHER)
-    for n in (1, 3, 12): same(desk, desk.bars.drop(other[-n - 1:-1])); same(desk, desk.bars.drop(other[-n:]))
+    for n in (1, 2): told(desk, desk.bars.drop(other[-n - 1:-1]), f'{OTHER} lacks {n} of the last')          # coins look at one another: what is missing of one is said of the others
+    for n in (1, 3, 12): told(desk, desk.bars.drop(other[-n:]), f'{OTHER} cannot be read at this bar')
+    told(desk, desk.bars.drop(other[-13:-1]), f'{OTHER} cannot be read at this bar')                         # too little of its window is left
 
 def test_exact_duplicates(desk):
     mine = desk.mine
@@ -221,7 +223,7 @@ def test_candles_of_an_exchange(real):
 def test_malformed_rows(desk, rows, word): holds(desk, rows(candles(desk)), word)
 
 def test_one_coin_dead(desk):
-    "Its signals hold; those of a coin that was compared with it hold too and say so; one that was not goes on as if nothing had happened"
+    "Its signals hold; those of a coin that was compared with it hold too and say so; one that only looks at it goes on without it and says so"
     mine = desk.bars['symbol'] == S
     dead = desk.bars[~mine | (desk.bars['time'] < desk.now - 26 * H)]
     holds(desk, dead, 'stale|missing')
@@ -229,7 +231,7 @@ def test_one_coin_dead(desk):
     assert 'crossexchange inputs are missing' in both[OTHER]['faults'][0] and 'other coins' in both[OTHER]['faults'][0]
     assert desk.ai.get_trading_signal(OTHER, 0., desk.now)['action'] == desk.ai.get_trading_signal(S, 0., desk.now)['action'] == 'HOLD'
     assert desk.ai.target_weights(desk.now) == {S: None, OTHER: None}
-    same(desk, desk.bars[mine | (desk.bars['time'] < desk.now - 26 * H)])               # Bitcoin is compared with nothing here
+    told(desk, desk.bars[mine | (desk.bars['time'] < desk.now - 26 * H)], f'{OTHER} cannot be read at this bar')   # Bitcoin is compared with nothing here
     holds(desk, desk.bars[~mine], f'no bar of {S}')
     for bad in (changed(desk, 'close', np.nan), changed(desk, PRICES, 0.)): assert 'crossexchange' in desk.ai.predict_sync(bad, None, desk.now)[OTHER]['faults'][0]
 
