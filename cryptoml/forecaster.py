@@ -197,7 +197,7 @@ def begin(inputs: Inputs, rows: np.ndarray, config: ForecasterConfig) -> Forecas
     "A forecaster with its inputs chosen and its scale fitted on `rows` ([N, T], bool), and an untrained network"
     inputs = present(inputs, rows & inputs.panel.mask)
     sizes = NetworkConfig(n_past=len(inputs.names) + len(inputs.groups), n_future=len(CALENDAR) + 1, n_static=len(STATIC), n_pair=len(PAIRS), horizons=config.horizons,
-                          model=config.model, families=families(inputs.names, inputs.groups), round_trip=config.round_trip, **SIZES[config.size])
+                          model=config.model, families=families(inputs.names, inputs.groups) if config.size == 'small' else (), round_trip=config.round_trip, **SIZES[config.size])
     with torch.random.fork_rng([]):                          # the caller's random numbers stay his
         torch.manual_seed(config.seed)
         network = Network(sizes)

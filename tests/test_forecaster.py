@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from cryptoml.data import to_panel
-from cryptoml.forecaster import ForecasterConfig, families, forecast, make_inputs, split, train
+from cryptoml.forecaster import ForecasterConfig, begin, families, forecast, make_inputs, split, train
 from cryptoml.simulate import simulate
 from cryptoml.targets import make_targets
 
@@ -56,6 +56,12 @@ def test_what_is_not_usable_has_no_label(world):
     assert np.array_equal(w.usable.numpy(), ok)
     assert np.isnan(w.labels['a'].numpy()[~ok]).all() and (w.labels['a'].numpy()[ok] == 1).all()
     assert (w.labels['b'].numpy()[~ok] == -1).all() and (w.labels['b'].numpy()[ok] == 1).all()
+
+
+def test_base_is_large_enough(world):
+    f, _, _, inputs, _ = world
+    size = {k: sum(p.numel() for p in begin(inputs, inputs.panel.mask, ForecasterConfig(size=k)).network.parameters()) for k in ('small', 'base')}
+    assert size['small'] < 200_000 and size['base'] >= 1_800_000, size
 
 
 @settings(max_examples=50, deadline=None)
