@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
 from torch import nn, Tensor
 from .tft import QuantileHead, TFTConfig, check_shapes
 
@@ -106,6 +104,8 @@ def softmax_regression(
     l2: float,           # Ridge on the weights
 ) -> np.ndarray:         # Weights [F + 1, classes], the last row the bias
     "Multinomial logistic regression on the samples that have a label"
+    from scipy.optimize import minimize                     # slow to import, and every network imports this module
+    from scipy.special import log_softmax
     x, y = with_one(x[y >= 0].astype(np.float64)), y[y >= 0]
     if len(y) == 0: raise ValueError('logistic regression needs at least one labelled sample, got none')
     hot, F = np.eye(classes)[y], x.shape[1]
@@ -118,6 +118,7 @@ def softmax_regression(
 
 def logistic(train: Samples) -> Fitted:
     "Logistic regression on the newest inputs, for every class target that has labels"
+    from scipy.special import softmax
     w = {k: np.stack([softmax_regression(train.x, y, n, 1e-2) for y in train.labels[k].T]) for k, n in CLASSES.items() if train.has(k)}   # [H, F + 1, C]
     return lambda s: {k: softmax(np.einsum('sf,hfc->shc', with_one(s.x), v), axis=-1) for k, v in w.items()}
 

@@ -692,7 +692,8 @@ def test_everything_at_once(simulated, busy, tmp_path):
     def load():
         while not stop.is_set(): ai.load_state(other); time.sleep(.15); ai.load_state(d.root); time.sleep(.15)
     with ThreadPoolExecutor(5) as pool:
-        running = [pool.submit(f) for f in (predict, predict, save, load)]
+        running, end = [pool.submit(f) for f in (predict, predict, save, load)], time.time() + 60
+        while not set(known) <= set(said) and time.time() < end: time.sleep(.05)          # both models have been seen; now the training too
         try: history = pool.submit(ai.train_sync, bars, None, 1).result(timeout=300)
         finally: stop.set()
         for r in running: r.result()
