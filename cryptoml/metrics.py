@@ -11,10 +11,10 @@ __all__ = ['accuracy', 'mcc', 'auc', 'nll', 'log_loss', 'reliability', 'ece', 'a
            'bootstrap_indices', 'interval']
 
 # %% ../nbs/05_metrics.ipynb #c2839274
+from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from scipy.special import ndtr, ndtri, stdtr
 
 # %% ../nbs/05_metrics.ipynb #84eb41de
 def _finite(**arrays) -> list:
@@ -314,7 +314,7 @@ def psr(
     bars_per_year: float = 8760,
 ) -> float:                       # Probability, 0 to 1
     "Probabilistic Sharpe ratio (Bailey and López de Prado 2012, eq. 11)"
-    return float(ndtr((sharpe(returns, bars_per_year) - benchmark) / sharpe_error(returns, bars_per_year)))
+    return NormalDist().cdf((sharpe(returns, bars_per_year) - benchmark) / sharpe_error(returns, bars_per_year))
 
 # %% ../nbs/05_metrics.ipynb #49961129
 def expected_max_sharpe(
@@ -324,7 +324,8 @@ def expected_max_sharpe(
     "Best Sharpe ratio to expect of trials without skill (Bailey and López de Prado 2014, eq. 1)"
     if n_trials < 1 or sd < 0: raise ValueError(f'need at least one trial and a spread that is not negative, got {n_trials} and {sd}')
     if n_trials == 1: return 0.
-    return float(sd * ((1 - np.euler_gamma) * ndtri(1 - 1 / n_trials) + np.euler_gamma * ndtri(1 - 1 / (n_trials * np.e))))
+    z = NormalDist().inv_cdf
+    return float(sd * ((1 - np.euler_gamma) * z(1 - 1 / n_trials) + np.euler_gamma * z(1 - 1 / (n_trials * np.e))))
 
 def deflated_sharpe(
     returns,                      # Simple returns [T] of the chosen book
@@ -373,6 +374,7 @@ def diebold_mariano(
     horizon: int = 1,       # Steps between samples until a forecast is resolved: 6 for 24 h ahead every 4 h
 ) -> DieboldMariano:
     "Test of equal accuracy (Diebold and Mariano 1995; Harvey, Leybourne and Newbold 1997, eq. 9)"
+    from scipy.special import stdtr                         # as slow to import as all of this module
     loss, baseline = _finite(loss=loss, baseline=baseline)
     d, n, h = loss - baseline, len(loss), int(horizon)
     if h < 1 or n < 4 * h: raise ValueError(f'{n} samples are too few for a horizon of {h} steps: need {4 * max(h, 1)}')
