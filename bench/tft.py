@@ -26,7 +26,7 @@ class Column:
         rows, extra = (RUNS, more) if shared else (self.B, 0)
         self.x = torch.randn(rows, L + extra, F), torch.randn(rows, K + extra, KNOWN), torch.randn(rows, FIXED)
         self.y = torch.randn(self.B, K)
-        settings = dict(recompute='recompute' in name, families=tuple(F // 13 + (i < F % 13) for i in range(13)) if 'families' in name else ()) if kind == 'cryptoml' else {}
+        settings = dict(recompute='recompute' in name, running='running' in name, families=tuple(F // 13 + (i < F % 13) for i in range(13)) if 'families' in name else ()) if kind == 'cryptoml' else {}
         self.net = make(kind, F, KNOWN, FIXED, L, K, D, **settings)
         self.call = (lambda *x: self.net.net.shared(*x, windows=WINDOWS, stride=STRIDE).quantiles) if shared else self.net
         self.optimizer, self.stream = torch.optim.Adam(self.net.parameters(), 1e-3), None
@@ -104,7 +104,7 @@ def ceiling(n=1024):
 
 
 def table(F, peers, python, rounds):
-    ours = ['cryptoml', 'cryptoml shared', 'cryptoml shared recompute', 'cryptoml shared families', 'cryptoml stream']
+    ours = ['cryptoml', 'cryptoml shared', 'cryptoml shared recompute', 'cryptoml shared families', 'cryptoml shared running', 'cryptoml stream']
     columns = {k: Process(sys.executable, k, F) for k in ours} | {k: Process(python, k, F) for k in peers}
     trained = [k for k in columns if 'stream' not in k]
     about = {}
@@ -131,7 +131,7 @@ def main(rounds=5, *sizes):
     peers = [] if not python else json.loads(subprocess.run([python, __file__, 'peers'], capture_output=True, text=True, check=True).stdout)
     if not peers: print('no peers: our figures alone (BENCH_PEERS names a python that has pytorch-forecasting, darts or neuralforecast)')
     print(f'TFT: L {L}, K {K}, d {D}, 4 heads, dropout .1, {KNOWN} known and {FIXED} fixed inputs; training steps with Adam, {RUNS * WINDOWS} windows (peers 64; ours too where independent with 160 inputs), '
-          f'shared: {RUNS} runs of {WINDOWS} windows, stride {STRIDE}; families: 13 of the inputs; {THREADS} thread{"s, wall time" if THREADS > 1 else ", CPU time"}; load {os.getloadavg()[0]:.1f}')
+          f'shared: {RUNS} runs of {WINDOWS} windows, stride {STRIDE}; running: one LSTM a run; families: 13 of the inputs; {THREADS} thread{"s, wall time" if THREADS > 1 else ", CPU time"}; load {os.getloadavg()[0]:.1f}')
     for F in sizes or (26, 160): table(F, peers, python, rounds)
 
 

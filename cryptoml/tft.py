@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TFTConfig', 'TFTOutput', 'GatedSkip', 'GatedResidualNetwork', 'embed', 'embed_families', 'VariableNetworks',
-           'VariableSelection', 'StaticEncoder', 'LocalEncoder', 'InterpretableAttention', 'ordered', 'QuantileHead',
-           'pinball', 'quantile_loss', 'TemporalFusionTransformer', 'decode', 'read_runs', 'overlapping',
-           'check_shapes', 'TFTStream', 'variable_importance', 'permutation_importance', 'attention_by_lag',
-           'plot_importance', 'plot_attention']
+           'VariableSelection', 'StaticEncoder', 'overlapping', 'LocalEncoder', 'InterpretableAttention', 'ordered',
+           'QuantileHead', 'pinball', 'quantile_loss', 'TemporalFusionTransformer', 'decode', 'read_runs',
+           'check_shapes', 'merge_gate', 'merge_network', 'merge_selection', 'merge_decoder', 'TFTStream',
+           'variable_importance', 'permutation_importance', 'attention_by_lag', 'plot_importance', 'plot_attention']
 
 # %% ../nbs/20_tft.ipynb #7595e463
 from collections.abc import Callable
@@ -35,6 +35,7 @@ class TFTConfig:
     quantiles: tuple = (.1, .5, .9)  # Q rising levels inside (0, 1); the middle one is the anchor of the head
     recompute: bool = False    # Compute the variable networks again in the backward pass: less memory, more time
     families: tuple = ()       # Sizes of consecutive families of past inputs that share a network each; (): a network for every input
+    running: bool = False      # Let the windows of a run share the LSTM, which then begins where the run does; a window by itself is unchanged
 
     def __post_init__(self):
         low = dict(n_past=1, n_future=0, n_static=0, lookback=1, steps=1, d_model=1, n_heads=1, lstm_layers=1)
@@ -183,7 +184,16 @@ class StaticEncoder(nn.Module):
         zeta, weights = self.select(x)
         return [encode(zeta) for encode in (self.c_s, self.c_e, self.c_h, self.c_c)], weights
 
-# %% ../nbs/20_tft.ipynb #3855b9aa
+# %% ../nbs/20_tft.ipynb #4caca2bf
+def overlapping(
+    x: Tensor,      # [S, T, d]
+    length: int,    # Bars of a window
+    stride: int,    # Bars from one window to the next
+) -> Tensor:        # [S W, length, d], all windows that fit
+    "The windows of runs, run by run"
+    return x if x.shape[1] == length else x.unfold(1, length, stride).transpose(-1, -2).flatten(0, 1)
+
+# %% ../nbs/20_tft.ipynb #0b14082d
 class LocalEncoder(nn.Module):
     "LSTM encoder and decoder with a gated skip (Lim et al. 2019, section 4.5.1, eq. 17)"
     def __init__(self, d: int, layers: int, dropout: float):
@@ -195,15 +205,19 @@ class LocalEncoder(nn.Module):
 
     def forward(
         self,
-        past: Tensor,       # [B, L, d] selected past inputs
-        future: Tensor,     # [B, K, d] selected future inputs
-        h: Tensor|None,     # [B, d] first hidden state of every layer, None: zero
-        c: Tensor|None,     # [B, d] first cell state likewise
-    ) -> Tensor:            # [B, L + K, d]
-        state = None if h is None else tuple(s.expand(self.encoder.num_layers, -1, -1).contiguous() for s in (h, c))
-        a, state = self.encoder(past, state)
-        b, _ = self.decoder(future, state)
-        return self.gate(torch.cat([a, b], 1), torch.cat([past, future], 1))
+        past: Tensor,         # [S, L + (W - 1) stride, d] selected past inputs of runs of W windows
+        future: Tensor,       # [S W, K, d] selected future inputs
+        h: Tensor|None,       # [S, d] first hidden state of every layer, None: zero
+        c: Tensor|None,       # [S, d] first cell state likewise
+        stride: int = 1,      # Bars from one window to the next
+    ) -> tuple[Tensor, Tensor]:   # Like past and future
+        state, W = None if h is None else tuple(s.expand(self.encoder.num_layers, -1, -1).contiguous() for s in (h, c)), len(future) // len(past)
+        read, ends = [], []
+        for bars in past.split([past.shape[1] - (W - 1) * stride] + [stride] * (W - 1), 1):
+            a, state = self.encoder(bars, state)
+            read.append(a); ends.append(state)
+        b, _ = self.decoder(future, tuple(torch.stack(e, 2).flatten(1, 2) for e in zip(*ends)))
+        return self.gate(torch.cat(read, 1), past), self.gate(b, future)
 
 # %% ../nbs/20_tft.ipynb #9e55f59c
 class InterpretableAttention(nn.Module):
@@ -214,12 +228,18 @@ class InterpretableAttention(nn.Module):
         self.query, self.key = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)   # all heads side by side
         self.value, self.out = nn.Linear(d, d // heads, bias=False), nn.Linear(d // heads, d, bias=False)
 
-    def forward(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:  # [B, T, d], K -> [B, K, d], mean weights [B, K, T]
-        q = self.query(x[:, -steps:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # [B, m, K, d/m]
-        k = self.key(x).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)               # [B, m, d/m, T]
-        seen = torch.ones(steps, x.shape[1], dtype=torch.bool, device=x.device).tril(x.shape[1] - steps)
-        a = (q @ k / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1).mean(1)   # eq. 15
-        return self.out(a @ self.value(x)), a
+    def forward(
+        self,
+        past: Tensor,             # [S, L + (W - 1) stride, d] runs of W windows
+        ahead: Tensor,            # [S W, K, d] the positions that ask
+        stride: int = 1,          # Bars from one window to the next
+    ) -> tuple[Tensor, Tensor]:   # [S W, K, d], mean weights [S W, K, L + K]
+        K, L = ahead.shape[1], past.shape[1] - (len(ahead) // len(past) - 1) * stride
+        k, v = (torch.cat([overlapping(m(past), L, stride), m(ahead)], 1) for m in (self.key, self.value))
+        q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(ahead), k))    # [S W, m, K or L + K, d/m]
+        seen = torch.ones(K, L + K, dtype=torch.bool, device=past.device).tril(L)
+        a = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1).mean(1)        # eq. 15
+        return self.out(a @ v), a
 
 # %% ../nbs/20_tft.ipynb #861d84fe
 def ordered(
@@ -305,17 +325,18 @@ class TemporalFusionTransformer(nn.Module):
 # %% ../nbs/20_tft.ipynb #688cb148
 def decode(
     net: TemporalFusionTransformer,
-    past: Tensor,                    # [B, L, d] selected past inputs
-    future: Tensor,                  # [B, K, d] selected future inputs
-    contexts: list[Tensor|None],     # c_s, c_e, c_h, c_c [B, d]
-) -> tuple[Tensor, Tensor]:          # States [B, K, d], attention [B, K, L + K]
+    past: Tensor,                    # [S, L + (W - 1) stride, d] selected past inputs; rows of more than one window share the LSTM
+    future: Tensor,                  # [S W, K, d] selected future inputs
+    contexts: list[Tensor|None],     # c_s, c_e, c_h, c_c [S, d]
+    stride: int = 1,                 # Bars from one window to the next
+) -> tuple[Tensor, Tensor]:          # States [S W, K, d], attention [S W, K, L + K]
     "From what was selected to the states"
-    K, (_, c_e, c_h, c_c) = net.config.steps, contexts
-    phi = net.local(past, future, c_h, c_c)                                           # eq. 17, [B, L + K, d]
-    theta = net.enrich(phi, None if c_e is None else c_e[:, None])                    # eq. 18
-    beta, attention = net.attention(theta, K)                                         # eq. 19, [B, K, d]
-    delta = net.attention_gate(beta, theta[:, -K:])                                   # eq. 20
-    return net.output_gate(net.feed_forward(delta), phi[:, -K:]), attention           # eqs. 21 and 22
+    _, c_e, c_h, c_c = contexts
+    phi_past, phi = net.local(past, future, c_h, c_c, stride)                         # eq. 17
+    theta_past, theta = (net.enrich(x, c_e if c_e is None else c_e.repeat_interleave(len(x) // len(c_e), 0)[:, None]) for x in (phi_past, phi))   # eq. 18
+    beta, attention = net.attention(theta_past, theta, stride)                        # eq. 19
+    delta = net.attention_gate(beta, theta)                                           # eq. 20
+    return net.output_gate(net.feed_forward(delta), phi), attention                   # eqs. 21 and 22
 
 def read_runs(net: TemporalFusionTransformer, past: Tensor, future: Tensor, static: Tensor, W: int, stride: int) -> TFTOutput:
     "`shared`, once the shapes are known to fit"
@@ -326,18 +347,10 @@ def read_runs(net: TemporalFusionTransformer, past: Tensor, future: Tensor, stat
     x_past, v_past = net.past(past, c_s)
     x_future, v_future = net.ahead(future, c_s if future.dim() == 3 or c_s is None else c_s[:, None])
     x_future = overlapping(x_future, c.steps, stride) if future.dim() == 3 else x_future.flatten(0, 1)
-    each = [k if k is None or W == 1 else k.repeat_interleave(W, 0) for k in contexts]
-    psi, attention = decode(net, overlapping(x_past, c.lookback, stride), x_future, each)
+    if not c.running and W > 1:
+        x_past, contexts = overlapping(x_past, c.lookback, stride), [k if k is None else k.repeat_interleave(W, 0) for k in contexts]
+    psi, attention = decode(net, x_past, x_future, contexts, stride)
     return TFTOutput(psi, net.head(psi), v_past, v_future.flatten(0, -3), v_static, attention)
-
-# %% ../nbs/20_tft.ipynb #4caca2bf
-def overlapping(
-    x: Tensor,      # [S, T, d]
-    length: int,    # Bars of a window
-    stride: int,    # Bars from one window to the next
-) -> Tensor:        # [S W, length, d], all windows that fit
-    "The windows of runs, run by run"
-    return x if x.shape[1] == length else x.unfold(1, length, stride).transpose(-1, -2).flatten(0, 1)
 
 # %% ../nbs/20_tft.ipynb #449f7c4c
 def check_shapes(
@@ -360,8 +373,71 @@ def check_shapes(
     return got['past'], got['future'], got['static']
 
 # %% ../nbs/20_tft.ipynb #a6c7db11
+def merge_gate(gate: GatedSkip, before: nn.Linear|None = None) -> Callable:   # x, skip -> `gate(before(x), skip)`
+    "The gated skip, and a linear map before it, with one product"
+    w, b = gate.linear.weight, gate.linear.bias
+    if before is not None: w, b = w @ before.weight, b if before.bias is None else b + w @ before.bias
+    shape, gain, shift = gate.norm.normalized_shape, gate.norm.weight, gate.norm.bias
+    return lambda x, skip: F.layer_norm(skip + F.glu(F.linear(x, w, b), -1), shape, gain, shift)
+
+def merge_network(
+    network: GatedResidualNetwork,
+    c: Tensor|None = None,          # [S, d] context that stays
+) -> Callable:                      # a [S, T, n or d] -> `network(a, c[:, None])`
+    "The gated residual network with two products"
+    gate, skip, first = merge_gate(network.gate, network.second), network.skip, network.first
+    b = first.bias if c is None else first.bias + network.context(c)[:, None]
+    if b.dim() > 1 and len(b) == 1: b = b[0, 0]                                          # one series: the bias of a linear map
+    eta = (lambda a: F.linear(a, first.weight, b)) if b.dim() == 1 else (lambda a: F.linear(a, first.weight) + b)
+    return lambda a: gate(F.elu(eta(a)), skip(a))
+
+# %% ../nbs/20_tft.ipynb #c9f09f9c
+def merge_selection(
+    select: VariableSelection,
+    c: Tensor|None = None,       # [S, d] context that stays
+) -> Callable:                   # x [S, T, n] -> selected [S, T, d], weights [S, T, n]
+    "Variable selection with three products"
+    f, weigh = select.networks, None if select.weigh is None else merge_network(select.weigh, c)
+    both = torch.cat([f.value, f.gate], -1)
+    w, b = f.second @ both, f.second_bias @ both + torch.cat([f.value_bias, f.gate_bias], -1)
+    slope, offset = torch.cat([f.first, f.skip], -1).split(1, 1)                        # [n, 1, 2 d]
+    shift, d = f.shift[:, None], f.shift.shape[-1]
+    def select_merged(x):
+        v = torch.ones_like(x) if weigh is None else F.softmax(weigh(x), -1)
+        p, flat = v.flatten(0, -2), x.flatten(0, -2)
+        if f.families: h, skip, p = embed_families(flat, p, f.first, f.skip, f.families)
+        else: h, skip = torch.addcmul(offset, flat.t()[..., None], slope).split(d, -1)
+        y = F.layer_norm(skip + F.glu(torch.baddbmm(b, F.elu(h), w), -1), (d,))
+        y = torch.bmm(p[:, None], torch.addcmul(shift, y, f.gain).transpose(0, 1))      # eq. 8
+        return y.view(*x.shape[:-1], d), v
+    return select_merged
+
+# %% ../nbs/20_tft.ipynb #1e179a5a
+def merge_decoder(
+    net: TemporalFusionTransformer,
+    contexts: list[Tensor|None],    # c_s, c_e, c_h, c_c [S, d], which stay
+) -> Callable:                      # Selected past [S, L, d] and future [S, K, d] -> states [S, K, d], attention [S, K, L + K]
+    "What `decode` does"
+    (_, c_e, c_h, c_c), K, m, attend = contexts, net.config.steps, net.config.n_heads, net.attention
+    state = None if c_h is None else tuple(s.expand(net.config.lstm_layers, -1, -1).contiguous() for s in (c_h, c_c))
+    local, enrich, out = merge_gate(net.local.gate), merge_network(net.enrich, c_e), merge_gate(net.attention_gate, attend.out)
+    feed, last = merge_network(net.feed_forward), merge_gate(net.output_gate)
+    query, both = attend.query.weight * (m / net.config.d_model) ** .5, torch.cat([attend.key.weight, attend.value.weight])
+    hidden = query.new_full((K, net.config.lookback + K), -torch.inf).triu(net.config.lookback + 1)     # steps after one's own
+    def decode_merged(past, future):
+        a, carried = net.local.encoder(past, state)
+        phi = local(torch.cat([a, net.local.decoder(future, carried)[0]], 1), torch.cat([past, future], 1))
+        theta = enrich(phi)
+        k, v = F.linear(theta, both).split([query.shape[0], both.shape[0] - query.shape[0]], -1)
+        q = F.linear(theta[:, -K:], query).unflatten(-1, (m, -1)).transpose(1, 2)
+        a = (q @ k.unflatten(-1, (m, -1)).permute(0, 2, 3, 1) + hidden).softmax(-1).mean(1)
+        return last(feed(out(a @ v, theta[:, -K:])), phi[:, -K:]), a
+    return decode_merged
+
+# %% ../nbs/20_tft.ipynb #8f111b38
 class TFTStream:
     "Forecasts of the newest bar of S series, with one selection a bar"
+    @torch.inference_mode()
     def __init__(
         self,
         model: TemporalFusionTransformer,  # In evaluation mode
@@ -370,7 +446,9 @@ class TFTStream:
         if model.training: raise ValueError('the model is in training mode: call eval() first')
         self.model, self.x, self.weights, self.parameters = model, None, None, list(model.parameters())
         self.version = self.versions()
-        with torch.inference_mode(): self.contexts, self.v_static = model.contexts(next(model.parameters()).new_zeros(1, 0) if static is None else static)
+        contexts, self.v_static = model.contexts(self.parameters[0].new_zeros(1, 0) if static is None else static)
+        self.past, self.decode = merge_selection(model.past, contexts[0]), merge_decoder(model, contexts)
+        self.future = merge_selection(model.future, contexts[0]) if model.future else lambda x: model.ahead(x, None)
 
     def versions(self) -> list[int]: return [p._version for p in self.parameters]
 
@@ -380,9 +458,7 @@ class TFTStream:
         c = self.model.config
         if bars.dim() != 3 or bars.shape[-1] != c.n_past: raise ValueError(f'bars {tuple(bars.shape)}, wanted [S, t, {c.n_past}]')
         if self.versions() != self.version: raise ValueError('the weights have changed since this stream began: begin a new one')
-        bars = bars[:, -c.lookback:]
-        c_s = self.contexts[0]
-        new = self.model.past(bars, None if c_s is None else c_s[:, None])
+        new = self.past(bars[:, -c.lookback:])
         if self.x is None: self.x, self.weights = new
         else: self.x, self.weights = (torch.cat([old, n], 1)[:, -c.lookback:] for old, n in zip((self.x, self.weights), new))
 
@@ -391,10 +467,8 @@ class TFTStream:
         "What `forward` gives for the last L bars"
         c, have = self.model.config, 0 if self.x is None else self.x.shape[1]
         if have < c.lookback: raise ValueError(f'{have} of {c.lookback} bars have come: update first')
-        if future is None: future = self.x.new_zeros(len(self.x), c.steps, 0)
-        c_s = self.contexts[0]
-        x_future, v_future = self.model.ahead(future, None if c_s is None else c_s[:, None])
-        psi, attention = decode(self.model, self.x, x_future, self.contexts)
+        x_future, v_future = self.future(self.x.new_zeros(len(self.x), c.steps, 0) if future is None else future)
+        psi, attention = self.decode(self.x, x_future)
         return TFTOutput(psi, self.model.head(psi), self.weights, v_future, self.v_static, attention)
 
 # %% ../nbs/20_tft.ipynb #8241b22a

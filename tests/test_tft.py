@@ -289,8 +289,31 @@ def test_runs_equal_single_windows(c, S, W, stride, families):
 
 
 @pytest.mark.parametrize('c', GRID[:5], ids=lambda c: f'{c.n_future}-{c.n_static}-L{c.lookback}-K{c.steps}')
+def test_running_lstm_by_a_loop_over_windows(c, S=3, W=4, stride=3):
+    net, g = model(replace(c, running=True), torch.float64).eval(), torch.Generator().manual_seed(1)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    past, future, static = r(S, c.lookback + (W - 1) * stride, c.n_past), r(S, W, c.steps, c.n_future), r(S, c.n_static)
+    got = net.shared(past, future, static, W, stride)
+    (c_s, c_e, c_h, c_c), _ = net.contexts(static)
+    row = lambda x: None if x is None else x[:, None]
+    for w in range(W):
+        ahead, _ = net.ahead(future[:, w], row(c_s))
+        seen, phi = net.local(net.past(past[:, :c.lookback + w * stride], row(c_s))[0], ahead, c_h, c_c)      # from the first bar of the run
+        theta = net.enrich(phi, row(c_e))
+        beta, attention = net.attention(net.enrich(seen[:, -c.lookback:], row(c_e)), theta)                   # the last L bars alone
+        psi = net.output_gate(net.feed_forward(net.attention_gate(beta, theta)), phi)
+        for a, b in ((got.states, psi), (got.attention, attention)): assert (a[w::W] - b).abs().max() < 1e-12
+    exact = model(c, torch.float64).eval()(past[:, :c.lookback], future[:, 0], static)
+    alone = net(past[:, :c.lookback], future[:, 0], static)
+    for name, want in exact._asdict().items():
+        if want.numel(): assert torch.equal(getattr(alone, name), want), name                                 # a window by itself does not know
+
+
+@pytest.mark.parametrize('c', [*GRID[:5], replace(GRID[0], families=(2, 1, 2))], ids=lambda c: f'{c.n_future}-{c.n_static}-L{c.lookback}-K{c.steps}-{len(c.families)}')
 def test_stream_equals_forward_at_every_bar(c):
     net, g = model(c, torch.float64).eval(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters(): p += .3 * torch.randn(p.shape, generator=g, dtype=p.dtype)     # no gain of one, no shift of zero
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
     bars, static = r(3, c.lookback + 9, c.n_past), r(3, c.n_static)
     stream = TFTStream(net, static if c.n_static else None)
