@@ -11,9 +11,9 @@ demo: .venv/.ready
 	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \
 	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
 
-test: export OMP_NUM_THREADS ?= 2
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
-	@$(BIN)/python -m pytest -q tests $(ARGS)
+	@$(BIN)/python -m pytest -q tests $(or $(ARGS),-n 2 --dist loadfile)
 
 docs: .venv/.ready
 	@$(BIN)/python -m cryptoml.docs

@@ -3,7 +3,7 @@ import os, sys
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
