@@ -13,7 +13,7 @@ demo: .venv/.ready
 
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
-	@$(BIN)/python -m pytest -q tests $(or $(ARGS),-n 2 --dist loadfile)
+	@$(BIN)/python -m pytest -q tests $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 docs: .venv/.ready
 	@$(BIN)/python -m cryptoml.docs
