@@ -106,7 +106,7 @@ def reached(trace, level):
 
 
 COLUMNS = {'cryptoml, 16 runs of 16 windows': ('cryptoml', 16, 256), 'cryptoml, 16 runs of 16 windows, one LSTM a run': ('cryptoml running', 16, 256),
-           'cryptoml, 8 runs of 8 windows': ('cryptoml', 8, 64),
+           'cryptoml, 8 runs of 8 windows': ('cryptoml', 8, 64), 'cryptoml, 8 runs of 8 windows, one LSTM a run': ('cryptoml running', 8, 64),
            'cryptoml, 64 windows': ('cryptoml', 0, 64), 'darts, 64 windows': ('darts', 0, 64)}
 
 
