@@ -373,7 +373,10 @@ def check_shapes(
     return got['past'], got['future'], got['static']
 
 # %% ../nbs/20_tft.ipynb #a6c7db11
-def merge_gate(gate: GatedSkip, before: nn.Linear|None = None) -> Callable:   # x, skip -> `gate(before(x), skip)`
+def merge_gate(
+    gate: GatedSkip,
+    before: nn.Linear|None = None,  # Linear map before it
+) -> Callable:                      # x, skip -> `gate(before(x), skip)`
     "The gated skip, and a linear map before it, with one product"
     w, b = gate.linear.weight, gate.linear.bias
     if before is not None: w, b = w @ before.weight, b if before.bias is None else b + w @ before.bias
