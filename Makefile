@@ -11,9 +11,10 @@ demo: .venv/.ready
 	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \
 	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
 
+# Two workers (pytest-xdist) of one thread each: most tests wait for processes of their own. ARGS="tests/test_tft.py -k stream" runs some in one.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
-	@$(BIN)/python -m pytest -q tests $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 2 --dist loadfile --no-loadscope-reorder)
 
 docs: .venv/.ready
 	@$(BIN)/python -m cryptoml.docs
