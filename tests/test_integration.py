@@ -716,14 +716,22 @@ def test_memory_does_not_grow(simulated):
 # ---- suite 15: import
 
 importing = textwrap.dedent('''
-    import socket
+    import socket, time
     class Blocked(socket.socket):
         def __init__(self, *a, **k): raise AssertionError('a socket at import')
     def never(*a, **k): raise AssertionError('a connection at import')
     socket.socket, socket.create_connection, socket.getaddrinfo = Blocked, never, never
+    import torch
+    t = time.process_time()
     import cryptoml.integration
+    print(time.process_time() - t)
 ''')
 
-def test_import_is_offline():   # and quick: tests/test_packaging.py
-    r = subprocess.run([sys.executable, '-c', importing], capture_output=True, text=True, timeout=120)
-    assert r.returncode == 0, r.stderr
+def test_import_is_quick_and_offline():
+    took = []
+    for _ in range(3):
+        r = subprocess.run([sys.executable, '-c', importing], capture_output=True, text=True, timeout=120)
+        assert r.returncode == 0, r.stderr
+        took.append(float(r.stdout))
+        if took[-1] < 1: break
+    assert min(took) < 1, f'{min(took):.2f} s of CPU beyond torch'
