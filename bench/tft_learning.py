@@ -82,7 +82,7 @@ class Market:
 
 def train(market, name, runs, batch, seed, level, lr=LR):
     "[(windows, CPU seconds of training steps, validation skill)], until `level` is reached, LEAST windows at least and MOST at most"
-    net = make(*name.split()[:1], 26, 4, 4, L, K, D, seed=seed, **({'running': True} if 'running' in name else {}))
+    net = make(name.split()[0], 26, 4, 4, L, K, D, seed=seed, **(dict(running=True) if 'running' in name else {}))
     opt, g, took, trace = torch.optim.Adam(net.parameters(), lr), torch.Generator().manual_seed(seed), 0., []
     for step in range(1, MOST // batch + 1):
         x, y = market.draw_runs(runs, batch // runs, STRIDE, g) if runs else market.draw(batch, g)

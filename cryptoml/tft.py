@@ -211,8 +211,8 @@ class LocalEncoder(nn.Module):
         c: Tensor|None,       # [S, d] first cell state likewise
         stride: int = 1,      # Bars from one window to the next
     ) -> tuple[Tensor, Tensor]:   # Like past and future
-        state, W = None if h is None else tuple(s.expand(self.encoder.num_layers, -1, -1).contiguous() for s in (h, c)), len(future) // len(past)
-        read, ends = [], []
+        state = None if h is None else tuple(s.expand(self.encoder.num_layers, -1, -1).contiguous() for s in (h, c))
+        W, read, ends = len(future) // len(past), [], []
         for bars in past.split([past.shape[1] - (W - 1) * stride] + [stride] * (W - 1), 1):
             a, state = self.encoder(bars, state)
             read.append(a); ends.append(state)
