@@ -6,7 +6,7 @@ import talib
 
 from cryptoml import technical as T
 from cryptoml.data import to_panel
-from cryptoml.engine import BARS, Engine, family
+from cryptoml.engine import BARS, Engine, step
 from cryptoml.features import AdvancedFeatureEngineer, with_needed
 from cryptoml.simulate import simulate
 
@@ -41,7 +41,7 @@ def medians(*functions, rounds=9):
 P1, P2, MAC = (7, 14, 28), (10, 20, 50, 100), ((12, 26, 9), (5, 35, 5), (8, 17, 9))
 
 
-@family('obv ad', state=3)
+@step('obv ad', state=3)
 def sums(close, volume, flow_volume, W, s, n, y):
     s[1] += volume * (int(close > s[0]) - int(close < s[0]))
     s[2] += flow_volume
@@ -52,7 +52,7 @@ def sums(close, volume, flow_volume, W, s, n, y):
 
 def set_m():
     "The steps, and the 102 columns in TA-Lib's order"
-    p, alpha, again = (lambda p: p), (lambda p: 2 / (p + 1)), lambda f, out, windows, **more: family(out, windows=windows, **more)(f.step)
+    p, alpha, again = (lambda p: p), (lambda p: 2 / (p + 1)), lambda f, out, windows, **more: step(out, windows=windows, **more)(f.function)
     steps = [
         T.price_base, T.volume_base, T.stochrsi, T.ultimate, T.psar, T.chaikin, sums,
         again(T.rsi, 'rsi_{p}', P1, state=2, first=p), again(T.roc, 'roc_{p}', P1, first=lambda p: p + 1, past=p), again(T.cci, 'cci_{p}', P1, state=2, first=p, past=p),

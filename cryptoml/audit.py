@@ -15,7 +15,7 @@ import time, warnings
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from .data import DataError, parse_timeframe, read_bars, to_utc
-from .engine import Family
+from .engine import Step
 from .features import AdvancedFeatureEngineer
 
 # %% ../nbs/40_audit.ipynb #2074887f
@@ -557,7 +557,7 @@ def audit(
 ) -> Audit:
     "Look-ahead, warm-up and stream parity of features, found by experiment"
     began, rng = time.perf_counter(), np.random.default_rng(seed)
-    if isinstance(features, (str, Family)): features = [features]
+    if isinstance(features, (str, Step)): features = [features]
     engineer = features if isinstance(features, AdvancedFeatureEngineer) else AdvancedFeatureEngineer(features) if isinstance(features, (list, tuple)) else None
     call = features if engineer is None else lambda b, **k: engineer.transform(b, s.timeframe, **k)
     s = Subject(call, bars, timeframe, n_bars, **{k: v for k, v in sources.items() if v is not None})

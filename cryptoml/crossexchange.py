@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DOLLARS', 'FUNDING_NAMES', 'MAX_AGE', 'CROSS_COLUMNS', 'FUNDING_COLUMNS', 'INTERVAL', 'MARKET_COLUMNS',
-           'CROSSEXCHANGE', 'coin_and_quote', 'microseconds', 'source_rows', 'numbers', 'cross_frame', 'funding_frame',
-           'in_order', 'newest', 'within', 'median', 'added', 'by_series', 'cross_at_bars', 'settlements',
-           'funding_at_bars', 'z_score', 'market_now', 'market_at_bars', 'score', 'venue', 'venue_gap_z', 'pair_sums',
-           'slope_and_correlation', 'lead_lag', 'venue_share', 'perp_volume_ratio', 'perpetual', 'basis_change',
-           'basis_level', 'open_interest_change', 'triangle', 'triangle_gap_z', 'funding_rate_bp', 'funding_change_bp',
-           'funding_z_week', 'funding_z_month', 'relative_strength_market', 'relative_strength_btc', 'market_beta',
+           'funding_z_week', 'funding_z_month', 'CROSSEXCHANGE', 'coin_and_quote', 'microseconds', 'source_rows',
+           'numbers', 'cross_frame', 'funding_frame', 'in_order', 'newest', 'within', 'median', 'added', 'by_series',
+           'cross_at_bars', 'settlements', 'funding_at_bars', 'z_score', 'market_now', 'market_at_bars', 'score',
+           'venue', 'venue_gap_z', 'pair_sums', 'slope_and_correlation', 'lead_lag', 'venue_share', 'perp_volume_ratio',
+           'perpetual', 'basis_change', 'basis_level', 'open_interest_change', 'triangle', 'triangle_gap_z',
+           'funding_rate_bp', 'funding_change_bp', 'relative_strength_market', 'relative_strength_btc', 'market_beta',
            'btc_beta']
 
 # %% ../nbs/14_crossexchange.ipynb #c8b439c6
@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from .data import DataError, normalise_symbol, parse_timeframe, read_bars, to_utc
-from .engine import Family, family
+from .engine import Step, as_given, step
 from .technical import mean_std, slide
 
 # %% ../nbs/14_crossexchange.ipynb #bc6f6712
@@ -306,13 +306,13 @@ def score(
     mean, sd = mean_std(s, a, x, p, n, fresh)
     return (x[len(x) - 1] - mean) / sd if sd > 1e-12 else 0.
 
-@family('venue_gap other_return', state=1, first=(1, 2), feature=(True, False), unit='log ratio', formula=(r'\ln(C/C^o)', r'\ln(C^o/C^o_{t-1})'), source=('Makarov and Schoar 2020', ''))
+@step('venue_gap other_return', state=1, first=(1, 2), feature=(True, False), unit='log ratio', formula=(r'\ln(C/C^o)', r'\ln(C^o/C^o_{t-1})'), source=('Makarov and Schoar 2020', ''))
 def venue(close, other_close, W, s, n, y):
     y[0] = math.log(close / other_close)
     y[1] = math.log(other_close / s[0]) if n > 1 else 0.
     s[0] = other_close
 
-@family('venue_gap_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(g-\bar g_p)/\mathrm{sd}_p(g),\; g=\ln(C/C^o)', source='Makarov and Schoar 2020')
+@step('venue_gap_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(g-\bar g_p)/\mathrm{sd}_p(g),\; g=\ln(C/C^o)', source='Makarov and Schoar 2020')
 def venue_gap_z(venue_gap, W, s, n, y, r):
     for j in range(len(W)): y[j] = score(s, 4 * j, venue_gap, W[j], n, r[j])
 
@@ -361,7 +361,7 @@ def slope_and_correlation(
     return c / vu, min(max(c / math.sqrt(vx * vu), -1.), 1.)
 
 # %% ../nbs/14_crossexchange.ipynb #6b20c1b5
-@family('lead_lag_{p}', windows=(168,), state=14, first=lambda p: p + 1, past=lambda p: p + 1, unit='-2 to 2, above 0: the other venue leads', formula=r'\rho_p(r_t,r^o_{t-1})-\rho_p(r^o_t,r_{t-1})', source='after Hasbrouck 1995')
+@step('lead_lag_{p}', windows=(168,), state=14, first=lambda p: p + 1, past=lambda p: p + 1, unit='-2 to 2, above 0: the other venue leads', formula=r'\rho_p(r_t,r^o_{t-1})-\rho_p(r^o_t,r_{t-1})', source='after Hasbrouck 1995')
 def lead_lag(log_return, other_return, W, s, n, y, r):
     for j in range(len(W)):
         _, follows = slope_and_correlation(s, 14 * j, log_return, other_return, 1, W[j], n, r[j])
@@ -369,76 +369,84 @@ def lead_lag(log_return, other_return, W, s, n, y, r):
         y[j] = follows - leads
 
 # %% ../nbs/14_crossexchange.ipynb #16353ed1
-@family('venue_share_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum V/\sum (V+V^o)')
+@step('venue_share_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum V/\sum (V+V^o)')
 def venue_share(volume, other_volume, W, s, n, y, r):
     for j in range(len(W)):
         here, there = slide(s, 4 * j, volume, W[j], n, r[j]), slide(s, 4 * j + 2, other_volume, W[j], n, r[j])
         y[j] = min(max(here / (here + there), 0.), 1.) if here + there > 0 else 0.5
 
-@family('perp_volume_ratio_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log ratio, -6.9 to 6.9', formula=r'\ln(\sum V^{\mathrm{perp}}/\sum V)')
+@step('perp_volume_ratio_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log ratio, -6.9 to 6.9', formula=r'\ln(\sum V^{\mathrm{perp}}/\sum V)')
 def perp_volume_ratio(volume, perp_volume, W, s, n, y, r):
     for j in range(len(W)):
         here, there = slide(s, 4 * j, volume, W[j], n, r[j]), slide(s, 4 * j + 2, perp_volume, W[j], n, r[j])
         y[j] = math.log(min(max(there / here, 1e-3), 1e3)) if here > 0 and there > 0 else 0.
 
 # %% ../nbs/14_crossexchange.ipynb #d2546c4c
-@family('basis', unit='log ratio', formula=r'b=\ln(C^{\mathrm{perp}}/C)', source='He et al. 2022')
+@step('basis', unit='log ratio', formula=r'b=\ln(C^{\mathrm{perp}}/C)', source='He et al. 2022')
 def perpetual(close, perp_close, W, s, n, y): y[0] = math.log(perp_close / close)
 
-@family('basis_change_{p}', windows=(24,), first=lambda p: p + 1, past=lambda p: p, unit='log ratio', formula='b-b_{t-p}')
+@step('basis_change_{p}', windows=(24,), first=lambda p: p + 1, past=lambda p: p, unit='log ratio', formula='b-b_{t-p}')
 def basis_change(basis, W, s, n, y):
     m = len(basis) - 1
     for j in range(len(W)): y[j] = basis[m] - basis[m - W[j]]
 
-@family('basis_mean_{p} basis_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit=('log ratio', 'standard deviations'), formula=(r'\bar b_p', r'(b-\bar b_p)/\mathrm{sd}_p(b)'))
+@step('basis_mean_{p} basis_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit=('log ratio', 'standard deviations'), formula=(r'\bar b_p', r'(b-\bar b_p)/\mathrm{sd}_p(b)'))
 def basis_level(basis, W, s, n, y, r):
     for j in range(len(W)):
         y[2 * j + 1] = score(s, 4 * j, basis, W[j], n, r[j])
         y[2 * j] = s[4 * j] + s[4 * j + 1] / min(n, W[j])    # the mean, from the sums that `score` has just moved on
 
-@family('open_interest_change_{p}', windows=(24, 168), first=lambda p: p + 1, past=lambda p: p, unit='log ratio', formula=r'\ln(O/O_{t-p})')
+@step('open_interest_change_{p}', windows=(24, 168), first=lambda p: p + 1, past=lambda p: p, unit='log ratio', formula=r'\ln(O/O_{t-p})')
 def open_interest_change(open_interest, W, s, n, y):
     m = len(open_interest) - 1
     for j in range(len(W)): y[j] = math.log(open_interest[m] / open_interest[m - W[j]])
 
 # %% ../nbs/14_crossexchange.ipynb #865dd869
-@family('triangle_gap', unit='log ratio', formula=r'\tau=\ln(C/(C^{A/\mathrm{BTC}}C^{\mathrm{BTC}/\$}))', source='triangular arbitrage')
+@step('triangle_gap', unit='log ratio', formula=r'\tau=\ln(C/(C^{A/\mathrm{BTC}}C^{\mathrm{BTC}/\$}))', source='triangular arbitrage')
 def triangle(close, cross_btc, btc_usdt, W, s, n, y): y[0] = math.log(close / cross_btc / btc_usdt)
 
-@family('triangle_gap_z_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(\tau-\bar\tau_p)/\mathrm{sd}_p(\tau)')
+@step('triangle_gap_z_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(\tau-\bar\tau_p)/\mathrm{sd}_p(\tau)')
 def triangle_gap_z(triangle_gap, W, s, n, y, r):
     for j in range(len(W)): y[j] = score(s, 4 * j, triangle_gap, W[j], n, r[j])
 
 # %% ../nbs/14_crossexchange.ipynb #df5ba0c5
-@family('funding_rate', unit='basis points per 8 h', formula=r'10^4 f', source='He et al. 2022')
+@step('funding_rate', unit='basis points per 8 h', formula=r'10^4 f', source='He et al. 2022')
 def funding_rate_bp(funding_level, W, s, n, y): y[0] = 1e4 * funding_level
 
-@family('funding_change', unit='basis points per 8 h', formula=r'10^4(f-f_{-1})')
+@step('funding_change', unit='basis points per 8 h', formula=r'10^4(f-f_{-1})')
 def funding_change_bp(funding_step, W, s, n, y): y[0] = 1e4 * funding_step
 
-@family('funding_z_21', unit='standard deviations', formula=r'(f-\bar f_{21})/\mathrm{sd}_{21}(f)\text{ over settlements}')
-def funding_z_week(funding_score_21, W, s, n, y): y[0] = funding_score_21
+funding_z_week = as_given(
+    'funding_z_21',
+    'funding_score_21',
+    unit='standard deviations',
+    formula=r'(f-\bar f_{21})/\mathrm{sd}_{21}(f)\text{ over settlements}',
+)
 
-@family('funding_z_90', unit='standard deviations', formula=r'(f-\bar f_{90})/\mathrm{sd}_{90}(f)\text{ over settlements}')
-def funding_z_month(funding_score_90, W, s, n, y): y[0] = funding_score_90
+funding_z_month = as_given(
+    'funding_z_90',
+    'funding_score_90',
+    unit='standard deviations',
+    formula=r'(f-\bar f_{90})/\mathrm{sd}_{90}(f)\text{ over settlements}',
+)
 
 # %% ../nbs/14_crossexchange.ipynb #95d88827
-@family('relative_strength_market_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula='\\sum_p (r-m)', source='Levy 1967')
+@step('relative_strength_market_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula='\\sum_p (r-m)', source='Levy 1967')
 def relative_strength_market(log_return, market_return, W, s, n, y, r):
     for j in range(len(W)): y[j] = slide(s, 4 * j, log_return, W[j], n, r[j]) - slide(s, 4 * j + 2, market_return, W[j], n, r[j])
 
-@family('relative_strength_btc_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\sum_p (r-r^{\mathrm{BTC}})', source='Levy 1967')
+@step('relative_strength_btc_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\sum_p (r-r^{\mathrm{BTC}})', source='Levy 1967')
 def relative_strength_btc(log_return, btc_return, W, s, n, y, r):
     for j in range(len(W)): y[j] = slide(s, 4 * j, log_return, W[j], n, r[j]) - slide(s, 4 * j + 2, btc_return, W[j], n, r[j])
 
 # %% ../nbs/14_crossexchange.ipynb #7f9a2995
-@family('beta_market_{p} correlation_market_{p}', windows=(168, 720), state=7, first=lambda p: p, past=lambda p: p, unit=('slope', '-1 to 1'), formula=(r'\mathrm{cov}_p(r,m)/\mathrm{var}_p(m)', r'\rho_p(r,m)'), source=('Sharpe 1964', ''))
+@step('beta_market_{p} correlation_market_{p}', windows=(168, 720), state=7, first=lambda p: p, past=lambda p: p, unit=('slope', '-1 to 1'), formula=(r'\mathrm{cov}_p(r,m)/\mathrm{var}_p(m)', r'\rho_p(r,m)'), source=('Sharpe 1964', ''))
 def market_beta(log_return, market_return, W, s, n, y, r):
     for j in range(len(W)): y[2 * j], y[2 * j + 1] = slope_and_correlation(s, 7 * j, log_return, market_return, 0, W[j], n, r[j])
 
-@family('beta_btc_{p} correlation_btc_{p}', windows=(168, 720), state=7, first=lambda p: p, past=lambda p: p, unit=('slope', '-1 to 1'), formula=(r'\mathrm{cov}_p(r,r^{\mathrm{BTC}})/\mathrm{var}_p(r^{\mathrm{BTC}})', r'\rho_p(r,r^{\mathrm{BTC}})'), source=('Sharpe 1964', ''))
+@step('beta_btc_{p} correlation_btc_{p}', windows=(168, 720), state=7, first=lambda p: p, past=lambda p: p, unit=('slope', '-1 to 1'), formula=(r'\mathrm{cov}_p(r,r^{\mathrm{BTC}})/\mathrm{var}_p(r^{\mathrm{BTC}})', r'\rho_p(r,r^{\mathrm{BTC}})'), source=('Sharpe 1964', ''))
 def btc_beta(log_return, btc_return, W, s, n, y, r):
     for j in range(len(W)): y[2 * j], y[2 * j + 1] = slope_and_correlation(s, 7 * j, log_return, btc_return, 0, W[j], n, r[j])
 
 # %% ../nbs/14_crossexchange.ipynb #9585b425
-CROSSEXCHANGE = [f for f in list(globals().values()) if isinstance(f, Family)]
+CROSSEXCHANGE = [f for f in list(globals().values()) if isinstance(f, Step)]

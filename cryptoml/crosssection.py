@@ -11,7 +11,7 @@ __all__ = ['MINIMUM', 'KERNEL', 'CROSS_BASE', 'CROSSSECTION', 'insertion_sort', 
 import functools, math
 from dataclasses import dataclass
 import numpy as np
-from .engine import family, load, with_names
+from .engine import step, load, with_names
 from .technical import slide, slide_size
 
 # %% ../nbs/16_crosssection.ipynb #39f9a5cd
@@ -135,17 +135,17 @@ def cross_section(
     return out
 
 # %% ../nbs/16_crosssection.ipynb #a9294b47
-@family('cross_return_{p}', windows=(336, 720), state=2, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})', source='Jegadeesh and Titman 1993', feature=False)
+@step('cross_return_{p}', windows=(336, 720), state=2, first=lambda p: p, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})', source='Jegadeesh and Titman 1993', feature=False)
 def cross_returns(log_return, W, s, n, y, r):
     for j in range(len(W)): y[j] = slide(s, 2 * j, log_return, W[j], n, r[j])
 
 # %% ../nbs/16_crosssection.ipynb #acef31b8
-@family('cross_close_location_{p}', windows=(24,), state=2, first=lambda p: p, past=lambda p: p, unit='-1 to 1', formula=r'\tfrac1p\sum((C-L)-(H-C))/(H-L)', source='Chaikin', feature=False)
+@step('cross_close_location_{p}', windows=(24,), state=2, first=lambda p: p, past=lambda p: p, unit='-1 to 1', formula=r'\tfrac1p\sum((C-L)-(H-C))/(H-L)', source='Chaikin', feature=False)
 def cross_location(clv, W, s, n, y, r):
     for j in range(len(W)): y[j] = slide(s, 2 * j, clv, W[j], n, r[j]) / W[j]
 
 # %% ../nbs/16_crosssection.ipynb #dc56f10b
-@family('cross_size_{p} cross_illiquidity_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p, unit=('log of quote currency per bar', 'log return per quote currency, in logarithms'),
+@step('cross_size_{p} cross_illiquidity_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p, unit=('log of quote currency per bar', 'log return per quote currency, in logarithms'),
         formula=(r'\ln\tfrac1p\sum PV', r'\ln(\sum|r|/\sum PV)'), source=('Liu, Tsyvinski and Wu 2022', 'Amihud 2002'), scale_free=False, feature=False)
 def cross_liquidity(dollar_volume, log_return, W, s, n, y, r):
     for j in range(len(W)):
@@ -154,7 +154,7 @@ def cross_liquidity(dollar_volume, log_return, W, s, n, y, r):
         if money > 0 and moved > 0: y[2 * j + 1] = math.log(moved / money)
 
 # %% ../nbs/16_crosssection.ipynb #1d5c1372
-@family('cross_log_volatility_720', unit='log of log return per bar', formula=r'\ln\mathrm{RV}_{720}', source='Andersen et al. 2003', feature=False)
+@step('cross_log_volatility_720', unit='log of log return per bar', formula=r'\ln\mathrm{RV}_{720}', source='Andersen et al. 2003', feature=False)
 def cross_volatility(realized_volatility_720, W, s, n, y):
     if realized_volatility_720 > 0: y[0] = math.log(realized_volatility_720)
 

@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from .data import DataError, Panel, market_frame, normalise_symbol, parse_timeframe, read_bars, to_utc
 from .crossexchange import CROSS_COLUMNS, CROSSEXCHANGE, FUNDING_COLUMNS, MARKET_COLUMNS, cross_at_bars, funding_at_bars, market_at_bars, market_now
 from .crosssection import CROSS_BASE, CROSSSECTION, Cross, cross_section, crosses
-from .engine import BARS, Engine, Family, chained, ordered, usable
+from .engine import BARS, Engine, Step, chained, ordered, usable
 from .microstructure import MICROSTRUCTURE, ORDERBOOK_COLUMNS, TRADES_COLUMNS, orderbook_at_bars, orderbook_frame, trades_at_bars, trades_frame
 from .onchain import LOOKBACK, ONCHAIN, ONCHAIN_COLUMNS, onchain_at_bars, onchain_frame
 from .technical import TECHNICAL
@@ -34,7 +34,7 @@ def wanted(
     "What is asked for"
     steps = {}
     for f in list(FAMILIES) if families is None else families:
-        if isinstance(f, Family): steps.setdefault(f, 'own')
+        if isinstance(f, Step): steps.setdefault(f, 'own')
         elif f in FAMILIES: steps.update(dict.fromkeys(FAMILIES[f], f))
         else: raise ValueError(f'unknown family {f!r}: there are {", ".join(FAMILIES)}, and steps made with cryptoml.engine.family')
     if not steps: raise ValueError(f'no family asked for: there are {", ".join(FAMILIES)}')
@@ -44,8 +44,8 @@ def with_needed(
     asked,    # Steps and comparisons
 ) -> list:    # The steps among them and those that they read, in order
     "Steps and all that they need"
-    steps, groups = [f for f in asked if isinstance(f, Family)], (CROSS_BASE, *FAMILIES.values())
-    maker = {c: f for group in (*groups, steps) for f in group if isinstance(f, Family) for c in f.out}
+    steps, groups = [f for f in asked if isinstance(f, Step)], (CROSS_BASE, *FAMILIES.values())
+    maker = {c: f for group in (*groups, steps) for f in group if isinstance(f, Step) for c in f.out}
     steps += [g for g in dict.fromkeys(maker[f.column] for f in asked if isinstance(f, Cross)) if g not in steps]
     for f in steps: steps += [g for g in dict.fromkeys(maker[c] for c in f.inputs if c in maker) if g not in steps]
     return ordered(steps, INPUTS)
@@ -76,7 +76,7 @@ def catalogue(
                     warm_up=settle[column], first=first[column], delay='; '.join(dict.fromkeys(KNOWN[k] for k in from_sources)) or 'close of the bar',
                     history='; '.join(dict.fromkeys(f'{NEEDS[k]} of {k}' if k in SOURCES else f'{NEEDS[k]} of the other coins' for k in from_sources)), **about)
     doc = lambda f, j: {k: f.doc[k][j] for k in ('formula', 'unit', 'scale_free', 'source')}
-    rows = [row(c, group, f, c, **doc(f, j)) for f, group in asked.items() if isinstance(f, Family) for j, c in enumerate(f.out) if f.doc['feature'][j]]
+    rows = [row(c, group, f, c, **doc(f, j)) for f, group in asked.items() if isinstance(f, Step) for j, c in enumerate(f.out) if f.doc['feature'][j]]
     rows += [row(f.name, group, f, f.column, formula=f.formula, unit=f.unit, scale_free=True, source=f.source) for f, group in asked.items() if isinstance(f, Cross)]
     return pd.DataFrame(rows)[['name', 'family', 'step', 'formula', 'inputs', 'unit', 'warm_up', 'first', 'scale_free', 'delay', 'history', 'source']]
 

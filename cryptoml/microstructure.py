@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SECOND', 'LEVELS', 'BOOK_NAMES', 'BOOK_AGE', 'ORDERBOOK_COLUMNS', 'TRADE_NAMES', 'SIGNS', 'BUCKETS',
-           'TRADE_AGE', 'SLOTS', 'MIDDLE_AGE', 'TRADES_COLUMNS', 'MICROSTRUCTURE', 'stamped', 'level_names',
-           'levels_of', 'sound', 'numbers', 'told', 'orderbook_frame', 'imbalance', 'touch', 'shape', 'order_flow',
-           'closes', 'visible', 'rows_of', 'bar_mean', 'book_state', 'book_within', 'known_books', 'orderbook_at_bars',
-           'trades_frame', 'toxicity', 'impact', 'bounce', 'middle_before', 'known_trades', 'trades_at_bars',
-           'book_row', 'trade_rows', 'book_touch', 'book_five', 'book_twenty', 'book_shape', 'book_flow',
-           'book_flow_five', 'liquidity', 'tape_flow', 'tape_toxicity', 'tape_impact', 'tape_bounce', 'tape_spread',
-           'taker_base', 'vpin', 'kyle', 'amihud', 'trade_size']
+           'TRADE_AGE', 'SLOTS', 'MIDDLE_AGE', 'TRADES_COLUMNS', 'book_touch', 'book_five', 'book_twenty', 'book_shape',
+           'book_flow', 'book_flow_five', 'tape_flow', 'tape_toxicity', 'tape_impact', 'tape_bounce', 'tape_spread',
+           'MICROSTRUCTURE', 'stamped', 'level_names', 'levels_of', 'sound', 'numbers', 'told', 'orderbook_frame',
+           'imbalance', 'touch', 'shape', 'order_flow', 'closes', 'visible', 'rows_of', 'bar_mean', 'book_state',
+           'book_within', 'known_books', 'orderbook_at_bars', 'trades_frame', 'toxicity', 'impact', 'bounce',
+           'middle_before', 'known_trades', 'trades_at_bars', 'book_row', 'trade_rows', 'liquidity', 'taker_base',
+           'vpin', 'kyle', 'amihud', 'trade_size']
 
 # %% ../nbs/13_microstructure.ipynb #8564588f
 import math, warnings
 import numpy as np, pandas as pd
 from .data import DataError, normalise_symbol, to_utc
-from .engine import Family, family
+from .engine import Step, as_given, step
 from .technical import slide, slide_size
 
 # %% ../nbs/13_microstructure.ipynb #7a5de005
@@ -439,39 +439,57 @@ def trade_rows(
     return trades_frame(rows.assign(known=pd.DatetimeIndex(to_utc([known], 'known').repeat(len(rows)))), symbol)
 
 # %% ../nbs/13_microstructure.ipynb #dfa21899
-@family('book_imbalance_1 book_spread book_microprice', unit=('-1 to 1', 'bp', 'bp'),
-        formula=(r'\frac{q^b_1-q^a_1}{q^b_1+q^a_1}', r'10^4(a_1-b_1)/m', r'10^4\left(\frac{a_1q^b_1+b_1q^a_1}{q^b_1+q^a_1}/m-1\right)'), source='order book at the close')
-def book_touch(orderbook_imbalance_1, orderbook_spread, orderbook_microprice, W, s, n, y):
-    y[0] = orderbook_imbalance_1
-    y[1] = orderbook_spread
-    y[2] = orderbook_microprice
+book_touch = as_given(
+    'book_imbalance_1 book_spread book_microprice',
+    'orderbook_imbalance_1 orderbook_spread orderbook_microprice',
+    unit=('-1 to 1', 'bp', 'bp'),
+    formula=(r'\frac{q^b_1-q^a_1}{q^b_1+q^a_1}', r'10^4(a_1-b_1)/m', r'10^4\left(\frac{a_1q^b_1+b_1q^a_1}{q^b_1+q^a_1}/m-1\right)'),
+    source='order book at the close',
+)
 
-@family('book_imbalance_5', unit='-1 to 1', formula=r'\frac{\sum_5 q^b-\sum_5 q^a}{\sum_5 q^b+\sum_5 q^a}', source='order book at the close')
-def book_five(orderbook_imbalance_5, W, s, n, y): y[0] = orderbook_imbalance_5
+book_five = as_given(
+    'book_imbalance_5',
+    'orderbook_imbalance_5',
+    unit='-1 to 1',
+    formula=r'\frac{\sum_5 q^b-\sum_5 q^a}{\sum_5 q^b+\sum_5 q^a}',
+    source='order book at the close',
+)
 
-@family('book_imbalance_20', unit='-1 to 1', formula=r'\frac{\sum_{20} q^b-\sum_{20} q^a}{\sum_{20} q^b+\sum_{20} q^a}', source='order book at the close')
-def book_twenty(orderbook_imbalance_20, W, s, n, y): y[0] = orderbook_imbalance_20
+book_twenty = as_given(
+    'book_imbalance_20',
+    'orderbook_imbalance_20',
+    unit='-1 to 1',
+    formula=r'\frac{\sum_{20} q^b-\sum_{20} q^a}{\sum_{20} q^b+\sum_{20} q^a}',
+    source='order book at the close',
+)
 
-@family('book_depth_imbalance book_slope_imbalance', unit='-1 to 1', source='order book at the close, ten levels',
-        formula=(r'\frac{Q^b(d)-Q^a(d)}{Q^b(d)+Q^a(d)},\;d\text{ the distance that both sides show}', r'\frac{S^b-S^a}{S^b+S^a},\;S=\sum d_iQ_i/\sum d_i^2'))
-def book_shape(orderbook_depth_imbalance, orderbook_slope_imbalance, W, s, n, y):
-    y[0] = orderbook_depth_imbalance
-    y[1] = orderbook_slope_imbalance
+book_shape = as_given(
+    'book_depth_imbalance book_slope_imbalance',
+    'orderbook_depth_imbalance orderbook_slope_imbalance',
+    unit='-1 to 1',
+    source='order book at the close, ten levels',
+    formula=(r'\frac{Q^b(d)-Q^a(d)}{Q^b(d)+Q^a(d)},\;d\text{ the distance that both sides show}', r'\frac{S^b-S^a}{S^b+S^a},\;S=\sum d_iQ_i/\sum d_i^2'),
+)
 
 # %% ../nbs/13_microstructure.ipynb #ccbee9c0
-@family('order_flow_imbalance book_mean_spread', unit=('depths', 'bp'), formula=(r'\sum e_n\,/\,\text{mean best queue}', r'\text{mean of }10^4(a_1-b_1)/m'), source=('Cont, Kukanov, Stoikov 2014', 'order book within the bar'))
-def book_flow(orderbook_flow, orderbook_mean_spread, W, s, n, y):
-    y[0] = orderbook_flow
-    y[1] = orderbook_mean_spread
+book_flow = as_given(
+    'order_flow_imbalance book_mean_spread',
+    'orderbook_flow orderbook_mean_spread',
+    unit=('depths', 'bp'),
+    formula=(r'\sum e_n\,/\,\text{mean best queue}', r'\text{mean of }10^4(a_1-b_1)/m'),
+    source=('Cont, Kukanov, Stoikov 2014', 'order book within the bar'),
+)
 
-@family('order_flow_imbalance_5 book_mean_imbalance_5', unit=('depths', '-1 to 1'), source=('Cont, Cucuringu, Zhang 2023', 'order book within the bar'),
-        formula=(r'\tfrac15\sum_{i\le5}\sum e^i_n\,/\,\text{mean queue}', r'\text{mean of }\frac{\sum_5 q^b-\sum_5 q^a}{\sum_5 q^b+\sum_5 q^a}'))
-def book_flow_five(orderbook_flow_5, orderbook_mean_imbalance_5, W, s, n, y):
-    y[0] = orderbook_flow_5
-    y[1] = orderbook_mean_imbalance_5
+book_flow_five = as_given(
+    'order_flow_imbalance_5 book_mean_imbalance_5',
+    'orderbook_flow_5 orderbook_mean_imbalance_5',
+    unit=('depths', '-1 to 1'),
+    source=('Cont, Cucuringu, Zhang 2023', 'order book within the bar'),
+    formula=(r'\tfrac15\sum_{i\le5}\sum e^i_n\,/\,\text{mean queue}', r'\text{mean of }\frac{\sum_5 q^b-\sum_5 q^a}{\sum_5 q^b+\sum_5 q^a}'),
+)
 
 # %% ../nbs/13_microstructure.ipynb #6270b855
-@family('liquidity_score_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, unit='-1 to 1', formula=r'\frac{x-1}{x+1},\;x=\frac{S}{\bar S_p}\cdot\frac{\bar w_p}{w}', source='slope and spread of the order book at the close')
+@step('liquidity_score_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, unit='-1 to 1', formula=r'\frac{x-1}{x+1},\;x=\frac{S}{\bar S_p}\cdot\frac{\bar w_p}{w}', source='slope and spread of the order book at the close')
 def liquidity(orderbook_slope, orderbook_spread, W, s, n, y, r):
     m, p = len(orderbook_slope) - 1, W[0]
     usual_slope, usual_spread = slide(s, 0, orderbook_slope, p, n, r[0]), slide(s, 2, orderbook_spread, p, n, r[0])
@@ -479,39 +497,62 @@ def liquidity(orderbook_slope, orderbook_spread, W, s, n, y, r):
     y[0] = (here - usual) / (here + usual)
 
 # %% ../nbs/13_microstructure.ipynb #5396f3d0
-@family('trade_flow_imbalance trade_count_imbalance', unit='-1 to 1', formula=(r'\sum sq/\sum q', r'\sum s/n'), source='trades in the bar')
-def tape_flow(trades_flow, trades_count_flow, W, s, n, y):
-    y[0] = trades_flow
-    y[1] = trades_count_flow
+tape_flow = as_given(
+    'trade_flow_imbalance trade_count_imbalance',
+    'trades_flow trades_count_flow',
+    unit='-1 to 1',
+    formula=(r'\sum sq/\sum q', r'\sum s/n'),
+    source='trades in the bar',
+)
 
-@family('trade_toxicity', unit='0 to 1', formula=r'\sum_{20}|V^B_\tau-V^S_\tau|/\sum V_\tau', source='Easley, Lopez de Prado, O\'Hara 2012')
-def tape_toxicity(trades_toxicity, W, s, n, y): y[0] = trades_toxicity
+tape_toxicity = as_given(
+    'trade_toxicity',
+    'trades_toxicity',
+    unit='0 to 1',
+    formula=r'\sum_{20}|V^B_\tau-V^S_\tau|/\sum V_\tau',
+    source='Easley, Lopez de Prado, O\'Hara 2012',
+)
 
-@family('trade_impact', unit="bp per bar's volume", formula=r'10^4\,\mathrm{cov}(r_j,x_j)/\mathrm{var}(x_j)\text{ over 20 slots}', source='Kyle 1985')
-def tape_impact(trades_impact, W, s, n, y): y[0] = trades_impact
+tape_impact = as_given(
+    'trade_impact',
+    'trades_impact',
+    unit="bp per bar's volume",
+    formula=r'10^4\,\mathrm{cov}(r_j,x_j)/\mathrm{var}(x_j)\text{ over 20 slots}',
+    source='Kyle 1985',
+)
 
-@family('trade_bounce', unit='bp', formula=r'\mathrm{mean}_{s_k\ne s_{k-1}}\,10^4 s_k(p_k-p_{k-1})/p', source='trades in the bar')
-def tape_bounce(trades_bounce, W, s, n, y): y[0] = trades_bounce
+tape_bounce = as_given(
+    'trade_bounce',
+    'trades_bounce',
+    unit='bp',
+    formula=r'\mathrm{mean}_{s_k\ne s_{k-1}}\,10^4 s_k(p_k-p_{k-1})/p',
+    source='trades in the bar',
+)
 
-@family('effective_spread', unit='bp', formula=r'\sum q_k\,2\cdot10^4 s_k(p_k-m_k)/m_k\,/\sum q_k', source='trades in the bar and the book before each')
-def tape_spread(trades_spread, W, s, n, y): y[0] = trades_spread
+tape_spread = as_given(
+    'effective_spread',
+    'trades_spread',
+    unit='bp',
+    formula=r'\sum q_k\,2\cdot10^4 s_k(p_k-m_k)/m_k\,/\sum q_k',
+    source='trades in the bar and the book before each',
+)
 
 # %% ../nbs/13_microstructure.ipynb #29752c34
-@family('taker_excess taker_flow return_times_flow', feature=False, scale_free=False)
+@step('taker_excess taker_flow return_times_flow', feature=False, scale_free=False)
 def taker_base(volume, taker_buy_volume, typical_price, log_return, W, s, n, y):
     excess = min(max(2 * taker_buy_volume - volume, -volume), volume)
     y[0] = abs(excess)
     y[1] = excess * typical_price
     y[2] = y[1] * log_return
 
-@family('vpin_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum|2V^{\mathrm{taker\ buy}}-V|/\sum V', source='after Easley, Lopez de Prado, O\'Hara 2012')
+@step('vpin_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum|2V^{\mathrm{taker\ buy}}-V|/\sum V', source='after Easley, Lopez de Prado, O\'Hara 2012')
 def vpin(taker_excess, volume, W, s, n, y, r):
     for j in range(len(W)):
         excess, v = slide(s, 4 * j, taker_excess, W[j], n, r[j]), slide(s, 4 * j + 2, volume, W[j], n, r[j])
         y[j] = min(max(excess / v, 0.), 1.) if v > 0 else 0.
 
 # %% ../nbs/13_microstructure.ipynb #d4f1f923
-@family('kyle_lambda_{p} kyle_impact_{p} flow_correlation_{p}', windows=(168,), state=12, first=lambda p: p, past=lambda p: p, scale_free=(False, True, True), source='Kyle 1985',
+@step('kyle_lambda_{p} kyle_impact_{p} flow_correlation_{p}', windows=(168,), state=12, first=lambda p: p, past=lambda p: p, scale_free=(False, True, True), source='Kyle 1985',
         unit=('bp per million quote', "bp per mean bar's volume", '-1 to 1'), formula=(r'10^{10}\,\mathrm{cov}(r,X)/\mathrm{var}(X)', r'10^4\,\bar M\,\mathrm{cov}(r,X)/\mathrm{var}(X)', r'\mathrm{corr}(r,X)'))
 def kyle(log_return, taker_flow, return_times_flow, dollar_volume, W, s, n, y, r):
     p = W[0]
@@ -526,16 +567,16 @@ def kyle(log_return, taker_flow, return_times_flow, dollar_volume, W, s, n, y, r
     y[2] = min(max(cov / math.sqrt(var_x * var_r), -1.), 1.) if known and var_r > 1e-9 * rr else 0.
 
 # %% ../nbs/13_microstructure.ipynb #f2ff4401
-@family('amihud_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, scale_free=False, unit='bp per million quote', formula=r'10^{10}\sum|r|/\sum PV', source='after Amihud 2002')
+@step('amihud_{p}', windows=(24,), state=4, first=lambda p: p, past=lambda p: p, scale_free=False, unit='bp per million quote', formula=r'10^{10}\sum|r|/\sum PV', source='after Amihud 2002')
 def amihud(log_return, dollar_volume, W, s, n, y, r):
     moved, money = slide_size(s, 0, log_return, W[0], n, r[0], 1), slide(s, 2, dollar_volume, W[0], n, r[0])
     y[0] = 1e10 * moved / money if money > 0 else math.nan
 
-@family('trade_size_ratio_{p}', windows=((24, 168),), state=8, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(\bar M_{24}/\bar M_{168}),\;\bar M\text{ the mean value of a trade}')
+@step('trade_size_ratio_{p}', windows=((24, 168),), state=8, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(\bar M_{24}/\bar M_{168}),\;\bar M\text{ the mean value of a trade}')
 def trade_size(dollar_volume, trades, W, s, n, y, r):
     money, count = slide(s, 0, dollar_volume, W[0], n, r[0]), slide(s, 2, trades, W[0], n, r[0])
     slow_money, slow_count = slide(s, 4, dollar_volume, W[1], n, r[0]), slide(s, 6, trades, W[1], n, r[0])
     y[0] = math.log(min(max(money / count * slow_count / slow_money, 1e-3), 1e3)) if money > 0 and count > 0 else 0.
 
 # %% ../nbs/13_microstructure.ipynb #13d93897
-MICROSTRUCTURE = [f for f in list(globals().values()) if isinstance(f, Family)]
+MICROSTRUCTURE = [f for f in list(globals().values()) if isinstance(f, Step)]

@@ -14,7 +14,7 @@ __all__ = ['TECHNICAL', 'total', 'slide', 'size', 'slide_size', 'power_sums', 'm
 
 # %% ../nbs/11_technical.ipynb #6be96c00
 import math
-from .engine import Family, family
+from .engine import Step, step
 
 # %% ../nbs/11_technical.ipynb #bdcef320
 def total(
@@ -143,7 +143,7 @@ def highest(
     return s[a + 1]
 
 # %% ../nbs/11_technical.ipynb #a820b230
-@family('log_close log_return true_range typical_price middle gain loss absolute_change buying_pressure true_high true_low', state=2, first=(1, 2, 2, 1, 1, 2, 2, 2, 2, 2, 2), feature=False, scale_free=False)
+@step('log_close log_return true_range typical_price middle gain loss absolute_change buying_pressure true_high true_low', state=2, first=(1, 2, 2, 1, 1, 2, 2, 2, 2, 2, 2), feature=False, scale_free=False)
 def price_base(high, low, close, W, s, n, y):
     before = s[0] if n > 1 else close
     y[0] = math.log(close)
@@ -159,7 +159,7 @@ def price_base(high, low, close, W, s, n, y):
     s[0], s[1] = close, y[0]
 
 # %% ../nbs/11_technical.ipynb #402ab4e9
-@family('log_range log_body drift_free', feature=False)
+@step('log_range log_body drift_free', feature=False)
 def variance_base(open, high, low, log_close, W, s, n, y):
     h, l, v = math.log(high) - log_close, math.log(low) - log_close, log_close - math.log(open)
     y[0] = h - l
@@ -167,7 +167,7 @@ def variance_base(open, high, low, log_close, W, s, n, y):
     y[2] = h * (h + v) + l * (l + v)
 
 # %% ../nbs/11_technical.ipynb #9f183b96
-@family('dollar_volume signed_volume flow_volume up_flow down_flow', state=2, first=(1, 2, 1, 2, 2), feature=False, scale_free=False)
+@step('dollar_volume signed_volume flow_volume up_flow down_flow', state=2, first=(1, 2, 1, 2, 2), feature=False, scale_free=False)
 def volume_base(high, low, close, volume, typical_price, W, s, n, y):
     change, drift = (close - s[0], typical_price - s[1]) if n > 1 else (0., 0.)
     y[0] = typical_price * volume
@@ -179,7 +179,7 @@ def volume_base(high, low, close, volume, typical_price, W, s, n, y):
     s[1] = typical_price
 
 # %% ../nbs/11_technical.ipynb #7fdbc42a
-@family('realized_volatility_{p} parkinson_{p} garman_klass_{p}', windows=(24, 168, 720), state=6, first=lambda p: p, past=lambda p: p, const=lambda p: (1 / p, 1 / (4 * math.log(2) * p)), unit='log return per bar',
+@step('realized_volatility_{p} parkinson_{p} garman_klass_{p}', windows=(24, 168, 720), state=6, first=lambda p: p, past=lambda p: p, const=lambda p: (1 / p, 1 / (4 * math.log(2) * p)), unit='log return per bar',
         formula=(r'\sqrt{\sum r^2/p}', r'\sqrt{\sum \ln(H/L)^2/(4p\ln 2)}', r'\sqrt{\sum [\ln(H/L)^2/2-(2\ln 2-1)\ln(C/O)^2]/p}'),
         source=('Andersen et al. 2003', 'Parkinson 1980', 'Garman and Klass 1980'))
 def volatility(log_return, log_range, log_body, W, s, n, y, r, c):
@@ -191,51 +191,51 @@ def volatility(log_return, log_range, log_body, W, s, n, y, r, c):
         y[3 * j + 2] = math.sqrt(max(0.5 * ranges - (2 * math.log(2.) - 1) * bodies, 0.) * c[2 * j])
 
 # %% ../nbs/11_technical.ipynb #0ffe1219
-@family('rogers_satchell_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='log return per bar', formula=r'\sqrt{\sum[\ln(H/C)\ln(H/O)+\ln(L/C)\ln(L/O)]/p}', source='Rogers and Satchell 1991')
+@step('rogers_satchell_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='log return per bar', formula=r'\sqrt{\sum[\ln(H/C)\ln(H/O)+\ln(L/C)\ln(L/O)]/p}', source='Rogers and Satchell 1991')
 def rogers(drift_free, W, s, n, y, r):
     for j in range(len(W)): y[j] = math.sqrt(max(slide(s, 2 * j, drift_free, W[j], n, r[j]), 0.) / W[j])
 
 # %% ../nbs/11_technical.ipynb #6bbb872a
-@family('volatility_ratio_24_168', unit='log ratio, -6.9 to 6.9', formula=r'\ln(\mathrm{RV}_{24}/\mathrm{RV}_{168})')
+@step('volatility_ratio_24_168', unit='log ratio, -6.9 to 6.9', formula=r'\ln(\mathrm{RV}_{24}/\mathrm{RV}_{168})')
 def volatility_ratio(realized_volatility_24, realized_volatility_168, W, s, n, y):
     a, b = realized_volatility_24, realized_volatility_168
     y[0] = math.log(min(max(a / b, 1e-3), 1e3)) if b > 0 else 0.
 
-@family('vol_of_vol_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p, unit='ratio', formula=r'\mathrm{sd}(\mathrm{RV}_{24})/\mathrm{mean}(\mathrm{RV}_{24})')
+@step('vol_of_vol_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p, unit='ratio', formula=r'\mathrm{sd}(\mathrm{RV}_{24})/\mathrm{mean}(\mathrm{RV}_{24})')
 def vol_of_vol(realized_volatility_24, W, s, n, y, r):
     for j in range(len(W)):
         mean, sd = mean_std(s, 4 * j, realized_volatility_24, W[j], n, r[j])
         y[j] = sd / mean if mean > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #4d01c60e
-@family('log_return_{p}', windows=(1, 4, 24, 72, 168), first=lambda p: p + 1, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})')
+@step('log_return_{p}', windows=(1, 4, 24, 72, 168), first=lambda p: p + 1, past=lambda p: p, unit='log return', formula=r'\ln(C/C_{t-p})')
 def returns(log_close, W, s, n, y):
     m = len(log_close) - 1
     for j in range(len(W)): y[j] = log_close[m] - log_close[m - W[j]]
 
-@family('scaled_return_{p}', windows=(1, 4, 24, 168), unit='standard deviations', formula=r'\ln(C/C_{t-p})/(\sqrt p\,\mathrm{RV}_{168})')
+@step('scaled_return_{p}', windows=(1, 4, 24, 168), unit='standard deviations', formula=r'\ln(C/C_{t-p})/(\sqrt p\,\mathrm{RV}_{168})')
 def scaled_returns(log_return_1, log_return_4, log_return_24, log_return_168, realized_volatility_168, W, s, n, y):
     returns = (log_return_1, log_return_4, log_return_24, log_return_168)
     for j in range(4):
         scale = math.sqrt(W[j]) * realized_volatility_168
         y[j] = returns[j] / scale if scale > 0 else 0.
 
-@family('roc_{p}', windows=(12, 24), first=lambda p: p + 1, past=lambda p: p, unit='percent', formula=r'100\,(C/C_{t-p}-1)', source='ta')
+@step('roc_{p}', windows=(12, 24), first=lambda p: p + 1, past=lambda p: p, unit='percent', formula=r'100\,(C/C_{t-p}-1)', source='ta')
 def roc(close, W, s, n, y):
     m = len(close) - 1
     for j in range(len(W)): y[j] = 100 * (close[m] / close[m - W[j]] - 1)
 
 # %% ../nbs/11_technical.ipynb #9d5e99c4
-@family('sma_distance_{p}', windows=(20, 50, 100, 200), state=2, first=lambda p: p, past=lambda p: p, unit='ratio', formula=r'C/\mathrm{SMA}_p-1')
+@step('sma_distance_{p}', windows=(20, 50, 100, 200), state=2, first=lambda p: p, past=lambda p: p, unit='ratio', formula=r'C/\mathrm{SMA}_p-1')
 def sma_distance(close, W, s, n, y, r):
     m = len(close) - 1
     for j in range(len(W)): y[j] = close[m] * W[j] / slide(s, 2 * j, close, W[j], n, r[j]) - 1
 
-@family('ema_distance_{p}', windows=(9, 21, 50, 200), state=1, const=lambda p: 2 / (p + 1), first=lambda p: p, settle=lambda p: 6 * p, unit='ratio', formula=r'C/\mathrm{EMA}_p-1')
+@step('ema_distance_{p}', windows=(9, 21, 50, 200), state=1, const=lambda p: 2 / (p + 1), first=lambda p: p, settle=lambda p: 6 * p, unit='ratio', formula=r'C/\mathrm{EMA}_p-1')
 def ema_distance(close, W, s, n, y, c):
     for j in range(len(W)): y[j] = close / average(s, j, close, W[j], n, c[j]) - 1
 
-@family('ema_{p} dema_{p} tema_{p}', windows=(20, 50), state=3, const=lambda p: 2 / (p + 1), first=lambda p: (p, 2 * p - 1, 3 * p - 2), settle=lambda p: (6 * p, 8 * p, 10 * p), scale_free=False,
+@step('ema_{p} dema_{p} tema_{p}', windows=(20, 50), state=3, const=lambda p: 2 / (p + 1), first=lambda p: (p, 2 * p - 1, 3 * p - 2), settle=lambda p: (6 * p, 8 * p, 10 * p), scale_free=False,
         unit='price', formula=(r'E_1=\mathrm{EMA}_p(C)', r'2E_1-E_2,\;E_2=\mathrm{EMA}_p(E_1)', r'3E_1-3E_2+E_3,\;E_3=\mathrm{EMA}_p(E_2)'), source=('', 'Mulloy 1994', 'Mulloy 1994'))
 def exponential(close, W, s, n, y, c):
     for j in range(len(W)):
@@ -247,12 +247,12 @@ def exponential(close, W, s, n, y, c):
         y[a + 1] = 2 * u - v
         y[a + 2] = 3 * (u - v) + w
 
-@family('dema_distance_{p} tema_distance_{p}', windows=(20, 50), unit='ratio', formula=(r'C/\mathrm{DEMA}_p-1', r'C/\mathrm{TEMA}_p-1'), source='Mulloy 1994')
+@step('dema_distance_{p} tema_distance_{p}', windows=(20, 50), unit='ratio', formula=(r'C/\mathrm{DEMA}_p-1', r'C/\mathrm{TEMA}_p-1'), source='Mulloy 1994')
 def fast_distance(close, dema_20, tema_20, dema_50, tema_50, W, s, n, y):
     y[0], y[1], y[2], y[3] = close / dema_20 - 1, close / tema_20 - 1, close / dema_50 - 1, close / tema_50 - 1
 
 # %% ../nbs/11_technical.ipynb #44c1b74c
-@family('wma_{p} wma_distance_{p}', windows=(20, 50), state=3, const=lambda p: 2 / (p * (p + 1)), first=lambda p: p, past=lambda p: p, unit=('price', 'ratio'), scale_free=(False, True),
+@step('wma_{p} wma_distance_{p}', windows=(20, 50), state=3, const=lambda p: 2 / (p * (p + 1)), first=lambda p: p, past=lambda p: p, unit=('price', 'ratio'), scale_free=(False, True),
         formula=(r'\frac{2}{p(p+1)}\sum_{k=0}^{p-1}(p-k)\,C_{t-k}', r'C/\mathrm{WMA}_p-1'))
 def weighted(close, W, s, n, y, r, c):
     m = len(close) - 1
@@ -270,7 +270,7 @@ def weighted(close, W, s, n, y, r, c):
         y[2 * j + 1] = close[m] / y[2 * j] - 1
 
 # %% ../nbs/11_technical.ipynb #587802a3
-@family('kama_{p} kama_distance_{p}', windows=(10, 30), state=3, first=lambda p: p, settle=lambda p: 1660, past=lambda p: p, unit=('price', 'ratio'), scale_free=(False, True),
+@step('kama_{p} kama_distance_{p}', windows=(10, 30), state=3, first=lambda p: p, settle=lambda p: 1660, past=lambda p: p, unit=('price', 'ratio'), scale_free=(False, True),
         formula=(r'\mathrm{KAMA}+w^2(C-\mathrm{KAMA}),\;w=2/31+(2/3-2/31)\,|C-C_{t-p}|/\sum|\Delta C|', r'C/\mathrm{KAMA}_p-1'), source='Kaufman 1995')
 def kama(close, absolute_change, W, s, n, y, r):
     m = len(close) - 1
@@ -284,7 +284,7 @@ def kama(close, absolute_change, W, s, n, y, r):
         y[2 * j + 1] = close[m] / s[a + 2] - 1
 
 # %% ../nbs/11_technical.ipynb #c6e61e6f
-@family('macd_{p} macd_signal_{p} macd_diff_{p}', windows=((12, 26, 9),), state=3, const=lambda p: tuple(2 / (q + 1) for q in p), first=lambda p: (p[1], p[1] + p[2] - 1, p[1] + p[2] - 1),
+@step('macd_{p} macd_signal_{p} macd_diff_{p}', windows=((12, 26, 9),), state=3, const=lambda p: tuple(2 / (q + 1) for q in p), first=lambda p: (p[1], p[1] + p[2] - 1, p[1] + p[2] - 1),
         settle=lambda p: 7 * p[1], scale_free=False, unit='price', formula=(r'D=\mathrm{EMA}_{12}-\mathrm{EMA}_{26}', r'S=\mathrm{EMA}_9(D)', 'D-S'), source='Appel; ta')
 def macd(close, W, s, n, y, c):
     for a in range(0, len(W), 3):
@@ -292,7 +292,7 @@ def macd(close, W, s, n, y, c):
         y[a + 1] = average(s, a + 2, y[a], W[a + 2], n - W[a + 1] + 1, c[a + 2])
         y[a + 2] = y[a] - y[a + 1]
 
-@family('ppo_{p} ppo_signal_{p} ppo_hist_{p}', windows=((12, 26, 9),), state=3, const=lambda p: tuple(2 / (q + 1) for q in p), first=lambda p: (p[1], p[1] + p[2] - 1, p[1] + p[2] - 1),
+@step('ppo_{p} ppo_signal_{p} ppo_hist_{p}', windows=((12, 26, 9),), state=3, const=lambda p: tuple(2 / (q + 1) for q in p), first=lambda p: (p[1], p[1] + p[2] - 1, p[1] + p[2] - 1),
         settle=lambda p: 7 * p[1], unit='percent', formula=(r'100\,D/\mathrm{EMA}_{26}', r'\mathrm{EMA}_9(\mathrm{PPO})', r'\mathrm{PPO}-\mathrm{EMA}_9(\mathrm{PPO})'), source='Appel; ta')
 def ppo(close, W, s, n, y, c):
     for a in range(0, len(W), 3):
@@ -301,7 +301,7 @@ def ppo(close, W, s, n, y, c):
         y[a + 2] = y[a] - y[a + 1]
 
 # %% ../nbs/11_technical.ipynb #88e1513c
-@family('sma_{p} bb_high_{p} bb_low_{p} std_{p}', windows=(20, 50), state=4, first=lambda p: p, past=lambda p: p, unit='price', scale_free=False,
+@step('sma_{p} bb_high_{p} bb_low_{p} std_{p}', windows=(20, 50), state=4, first=lambda p: p, past=lambda p: p, unit='price', scale_free=False,
         formula=(r'\frac1p\sum C', r'\mathrm{SMA}_p+2\sigma_p', r'\mathrm{SMA}_p-2\sigma_p', r'\sigma_p'), source=('', 'Bollinger; ta', 'Bollinger; ta', ''))
 def bands(close, W, s, n, y, r):
     for j in range(len(W)):
@@ -311,7 +311,7 @@ def bands(close, W, s, n, y, r):
         y[4 * j + 2] = mean - 2 * sd
         y[4 * j + 3] = sd
 
-@family('bb_percent_{p} bb_width_{p}', windows=(20, 50), unit=('0 at the lower, 1 at the upper band', 'percent'), formula=(r'1/2+(C-\mathrm{SMA}_p)/(4\sigma_p)', r'400\,\sigma_p/\mathrm{SMA}_p'), source='Bollinger; ta')
+@step('bb_percent_{p} bb_width_{p}', windows=(20, 50), unit=('0 at the lower, 1 at the upper band', 'percent'), formula=(r'1/2+(C-\mathrm{SMA}_p)/(4\sigma_p)', r'400\,\sigma_p/\mathrm{SMA}_p'), source='Bollinger; ta')
 def bollinger(close, sma_20, std_20, sma_50, std_50, W, s, n, y):
     y[0] = 0.5 + (close - sma_20) / (4 * std_20) if std_20 > 0 else 0.5
     y[1] = 400 * std_20 / sma_20
@@ -319,7 +319,7 @@ def bollinger(close, sma_20, std_20, sma_50, std_50, W, s, n, y):
     y[3] = 400 * std_50 / sma_50
 
 # %% ../nbs/11_technical.ipynb #c5b2be7e
-@family('rsi_{p}', windows=(7, 14, 28), state=2, first=lambda p: p, settle=lambda p: 11 * p, unit='0 to 100', formula=r'100\,A(g)/(A(g)+A(l))', source='Wilder 1978')
+@step('rsi_{p}', windows=(7, 14, 28), state=2, first=lambda p: p, settle=lambda p: 11 * p, unit='0 to 100', formula=r'100\,A(g)/(A(g)+A(l))', source='Wilder 1978')
 def rsi(gain, loss, W, s, n, y):
     for j in range(len(W)):
         g, l, a = 2 * j, 2 * j + 1, 1 / min(n, W[j])
@@ -339,7 +339,7 @@ def mean3(
     s[a] = x
     return mean
 
-@family('stoch_{p} stoch_signal_{p} stoch_slow_{p} wr_{p}', windows=(14, 28), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4, p), unit=('0 to 100', '0 to 100', '0 to 100', '-100 to 0'),
+@step('stoch_{p} stoch_signal_{p} stoch_slow_{p} wr_{p}', windows=(14, 28), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4, p), unit=('0 to 100', '0 to 100', '0 to 100', '-100 to 0'),
         formula=(r'K=100\,(C-L_p)/(H_p-L_p)', r'\mathrm{SMA}_3(K)', r'\mathrm{SMA}_3(\mathrm{SMA}_3(K))', 'K-100'), source=('Lane; ta', 'Lane; ta', 'Lane; TA-Lib', 'Williams; ta'))
 def stochastic(high, low, close, W, s, n, y):
     a = 0
@@ -354,7 +354,7 @@ def stochastic(high, low, close, W, s, n, y):
         a += 2 * p + 8
 
 # %% ../nbs/11_technical.ipynb #5fe59ca4
-@family('stochrsi_{p} stochrsi_k_{p} stochrsi_d_{p}', windows=(14,), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4), settle=lambda p: 14 * p, unit='0 to 100',
+@step('stochrsi_{p} stochrsi_k_{p} stochrsi_d_{p}', windows=(14,), state=lambda p: 2 * p + 8, first=lambda p: (p, p + 2, p + 4), settle=lambda p: 14 * p, unit='0 to 100',
         formula=(r'S=100\,(\mathrm{RSI}-\min_p\mathrm{RSI})/(\max_p\mathrm{RSI}-\min_p\mathrm{RSI})', r'K=\mathrm{SMA}_3(S)', r'\mathrm{SMA}_3(K)'), source='Chande and Kroll 1994; ta')
 def stochrsi(rsi_14, W, s, n, y):
     for j in range(len(W)):
@@ -365,14 +365,14 @@ def stochrsi(rsi_14, W, s, n, y):
         y[3 * j + 2] = mean3(s, a + 2, y[3 * j + 1])
 
 # %% ../nbs/11_technical.ipynb #e10fbc7d
-@family('trix_{p}', windows=(15, 30), state=3, const=lambda p: 2 / (p + 1), first=lambda p: 3 * p - 1, settle=lambda p: 12 * p, unit='percent', formula=r'100\,(E_3/E_{3,t-1}-1),\;E_3=\mathrm{EMA}_p(\mathrm{EMA}_p(\mathrm{EMA}_p(C)))', source='Hutson; ta')
+@step('trix_{p}', windows=(15, 30), state=3, const=lambda p: 2 / (p + 1), first=lambda p: 3 * p - 1, settle=lambda p: 12 * p, unit='percent', formula=r'100\,(E_3/E_{3,t-1}-1),\;E_3=\mathrm{EMA}_p(\mathrm{EMA}_p(\mathrm{EMA}_p(C)))', source='Hutson; ta')
 def trix(close, W, s, n, y, c):
     for j in range(len(W)):
         p, a, before = W[j], 3 * j, s[3 * j + 2]
         y[j] = average(s, a + 2, average(s, a + 1, average(s, a, close, p, n, c[j]), p, n - p + 1, c[j]), p, n - 2 * p + 2, c[j])
         y[j] = 100 * (y[j] / before - 1) if before > 0 else 0.
 
-@family('ultimate_{p}', windows=((7, 14, 28),), state=12, first=lambda p: p[2], past=lambda p: p[2], unit='0 to 100', formula=r'\frac{100}{7}(4S_7+2S_{14}+S_{28}),\;S_p=\sum B/\sum\mathrm{TR}', source='Williams 1985; ta')
+@step('ultimate_{p}', windows=((7, 14, 28),), state=12, first=lambda p: p[2], past=lambda p: p[2], unit='0 to 100', formula=r'\frac{100}{7}(4S_7+2S_{14}+S_{28}),\;S_p=\sum B/\sum\mathrm{TR}', source='Williams 1985; ta')
 def ultimate(buying_pressure, true_range, W, s, n, y, r):
     y[0] = 0.
     for k in range(3):
@@ -392,7 +392,7 @@ def deviation(
     for k in range(4 * h, b - a): u += abs(x[k] - mean)
     return (u + v) + (w + z)
 
-@family('cci_{p}', windows=(14, 28), state=2, first=lambda p: p, past=lambda p: p, unit='about -300 to 300', formula=r'(P-\bar P)/(0.015\cdot\tfrac1p\sum|P_k-\bar P|)', source='Lambert 1980; ta')
+@step('cci_{p}', windows=(14, 28), state=2, first=lambda p: p, past=lambda p: p, unit='about -300 to 300', formula=r'(P-\bar P)/(0.015\cdot\tfrac1p\sum|P_k-\bar P|)', source='Lambert 1980; ta')
 def cci(typical_price, W, s, n, y, r):
     x, m = typical_price, len(typical_price) - 1
     for j in range(len(W)):
@@ -402,14 +402,14 @@ def cci(typical_price, W, s, n, y, r):
         y[j] = (x[m] - mean) * p / (0.015 * spread) if spread > 1e-12 * p * mean else 0.
 
 # %% ../nbs/11_technical.ipynb #4b712cbb
-@family('awesome_{p} awesome_percent_{p}', windows=((5, 34),), state=4, first=lambda p: p[1], past=lambda p: p[1], unit=('price', 'percent'), scale_free=(False, True),
+@step('awesome_{p} awesome_percent_{p}', windows=((5, 34),), state=4, first=lambda p: p[1], past=lambda p: p[1], unit=('price', 'percent'), scale_free=(False, True),
         formula=(r'\mathrm{SMA}_5(M)-\mathrm{SMA}_{34}(M)', r'100\,\mathrm{AO}/C'), source='Williams; ta')
 def awesome(middle, close, W, s, n, y, r):
     y[0] = slide(s, 0, middle, W[0], n, r[0]) / W[0] - slide(s, 2, middle, W[1], n, r[0]) / W[1]
     y[1] = 100 * y[0] / close[len(close) - 1]
 
 # %% ../nbs/11_technical.ipynb #56a41398
-@family('atr_{p} natr_{p}', windows=(14, 28), state=1, first=lambda p: p, settle=lambda p: 10 * p, unit=('price', 'percent'), scale_free=(False, True),
+@step('atr_{p} natr_{p}', windows=(14, 28), state=1, first=lambda p: p, settle=lambda p: 10 * p, unit=('price', 'percent'), scale_free=(False, True),
         formula=(r'A(\mathrm{TR})', r'100\,\mathrm{ATR}/C'), source='Wilder 1978')
 def atr(true_range, close, W, s, n, y):
     for j in range(len(W)):
@@ -418,11 +418,11 @@ def atr(true_range, close, W, s, n, y):
         y[2 * j + 1] = 100 * s[j] / close
 
 # %% ../nbs/11_technical.ipynb #2741332d
-@family('keltner_percent_{p}', windows=((20, 14),), unit='0 at the lower, 1 at the upper end', formula=r'1/2+(C-\mathrm{EMA}_{20})/(4\,\mathrm{ATR}_{14})', source='Keltner 1960, Raschke')
+@step('keltner_percent_{p}', windows=((20, 14),), unit='0 at the lower, 1 at the upper end', formula=r'1/2+(C-\mathrm{EMA}_{20})/(4\,\mathrm{ATR}_{14})', source='Keltner 1960, Raschke')
 def keltner(close, ema_20, atr_14, W, s, n, y): y[0] = 0.5 + (close - ema_20) / (4 * atr_14) if atr_14 > 0 else 0.5
 
 # %% ../nbs/11_technical.ipynb #ccde870c
-@family('adx_{p} adx_pos_{p} adx_neg_{p}', windows=(14,), state=4, first=lambda p: (2 * p - 1, p, p), settle=lambda p: (14 * p, 11 * p, 11 * p), past=1, unit='0 to 100',
+@step('adx_{p} adx_pos_{p} adx_neg_{p}', windows=(14,), state=4, first=lambda p: (2 * p - 1, p, p), settle=lambda p: (14 * p, 11 * p, 11 * p), past=1, unit='0 to 100',
         formula=(r'A(100\,|\mathrm{DI}^+-\mathrm{DI}^-|/(\mathrm{DI}^++\mathrm{DI}^-))', r'100\,A(D^+)/A(\mathrm{TR})', r'100\,A(D^-)/A(\mathrm{TR})'), source='Wilder 1978')
 def adx(high, low, true_range, W, s, n, y):
     up, down = high[1] - high[0], low[0] - low[1]            # true_range begins at the second bar, so there is a bar before
@@ -439,12 +439,12 @@ def adx(high, low, true_range, W, s, n, y):
         y[3 * j + 2] = 100 * s[a + 2] / s[a] if s[a] > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #b8d6d35e
-@family('trending_{p} ranging_{p}', windows=(14,), unit=('-1, 0 or 1', '0 or 1'), formula=(r'\mathrm{sign}(\mathrm{DI}^+-\mathrm{DI}^-)\,[\mathrm{ADX}>25]', r'[\mathrm{ADX}<20]'), source='Wilder 1978')
+@step('trending_{p} ranging_{p}', windows=(14,), unit=('-1, 0 or 1', '0 or 1'), formula=(r'\mathrm{sign}(\mathrm{DI}^+-\mathrm{DI}^-)\,[\mathrm{ADX}>25]', r'[\mathrm{ADX}<20]'), source='Wilder 1978')
 def regime(adx_14, adx_pos_14, adx_neg_14, W, s, n, y):
     y[0] = 0. if adx_14 <= 25 else 1. if adx_pos_14 > adx_neg_14 else -1.
     y[1] = 1. if adx_14 < 20 else 0.
 
-@family('choppiness_{p}', windows=(14, 72), state=lambda p: 2 * p + 6, first=lambda p: p, past=lambda p: p, const=lambda p: 100 / math.log(p), unit='0 to 100', formula=r"100\,\ln(\sum\mathrm{TR}/(H'_p-L'_p))/\ln p", source='Dreiss 1993')
+@step('choppiness_{p}', windows=(14, 72), state=lambda p: 2 * p + 6, first=lambda p: p, past=lambda p: p, const=lambda p: 100 / math.log(p), unit='0 to 100', formula=r"100\,\ln(\sum\mathrm{TR}/(H'_p-L'_p))/\ln p", source='Dreiss 1993')
 def choppiness(true_range, true_high, true_low, W, s, n, y, r, c):
     a, m = 0, len(true_range) - 1
     for j in range(len(W)):
@@ -477,7 +477,7 @@ def latest(
         s[a + 3 + k], s[a + 3 + q + k] = s[a + 4 + k] if later else s[a + 3 + k], s[a + 4 + q + k] if later else s[a + 3 + q + k]
     return s[a + 2]
 
-@family('aroon_up_{p} aroon_down_{p}', windows=(25,), state=lambda p: 4 * p + 10, const=lambda p: 100 / p, first=lambda p: p + 1, unit='0 to 100',
+@step('aroon_up_{p} aroon_down_{p}', windows=(25,), state=lambda p: 4 * p + 10, const=lambda p: 100 / p, first=lambda p: p + 1, unit='0 to 100',
         formula=(r'100\,(1-\text{bars since the high}/p)', r'100\,(1-\text{bars since the low}/p)'), source='Chande 1995')
 def aroon(high, low, W, s, n, y, c):
     a = 0
@@ -488,7 +488,7 @@ def aroon(high, low, W, s, n, y, c):
         a += 4 * p + 10
 
 # %% ../nbs/11_technical.ipynb #2a3d384a
-@family('psar psar_distance', state=6, first=2, settle=300, unit=('price', 'ratio'), scale_free=(False, True), formula=(r'S\leftarrow S+a\,(E-S)', 'C/S-1'), source='Wilder 1978')
+@step('psar psar_distance', state=6, first=2, settle=300, unit=('price', 'ratio'), scale_free=(False, True), formula=(r'S\leftarrow S+a\,(E-S)', 'C/S-1'), source='Wilder 1978')
 def psar(high, low, close, W, s, n, y):
     if n == 2:                                               # s: direction, stop, extreme (both times direction), a, high and low before
         s[0] = -1. if s[5] - low > max(high - s[4], 0.) else 1.
@@ -509,7 +509,7 @@ def psar(high, low, close, W, s, n, y):
     s[4], s[5] = high, low
 
 # %% ../nbs/11_technical.ipynb #ee459f8b
-@family('donchian_high_{p} donchian_low_{p}', windows=(24, 168, 720), state=lambda p: 2 * p + 4, first=lambda p: p, unit='price', scale_free=False, formula=('H_p', 'L_p'), source='Donchian; ta')
+@step('donchian_high_{p} donchian_low_{p}', windows=(24, 168, 720), state=lambda p: 2 * p + 4, first=lambda p: p, unit='price', scale_free=False, formula=('H_p', 'L_p'), source='Donchian; ta')
 def channel(high, low, W, s, n, y):
     a = 0
     for j in range(len(W)):
@@ -517,7 +517,7 @@ def channel(high, low, W, s, n, y):
         y[2 * j], y[2 * j + 1] = highest(s, a, high, p, n, 1.), -highest(s, a + p + 2, low, p, n, -1.)
         a += 2 * p + 4
 
-@family('donchian_percent_{p} donchian_width_{p} drawdown_{p}', windows=(24, 168, 720), state=4, unit=('0 to 1', 'log ratio', 'log return, at most 0'),
+@step('donchian_percent_{p} donchian_width_{p} drawdown_{p}', windows=(24, 168, 720), state=4, unit=('0 to 1', 'log ratio', 'log return, at most 0'),
         formula=(r'(C-L_p)/(H_p-L_p)', r'\ln(H_p/L_p)', r'\ln(C/H_p)'), source=('Donchian; ta', 'Donchian', 'drawdown from the highest high'))
 def donchian(close, log_close, donchian_high_24, donchian_low_24, donchian_high_168, donchian_low_168, donchian_high_720, donchian_low_720, W, s, n, y):
     ends = ((donchian_high_24, donchian_low_24), (donchian_high_168, donchian_low_168), (donchian_high_720, donchian_low_720))
@@ -530,12 +530,12 @@ def donchian(close, log_close, donchian_high_24, donchian_low_24, donchian_high_
         y[3 * j + 2] = log_close - s[4 * j + 1]
 
 # %% ../nbs/11_technical.ipynb #e5219f8d
-@family(' '.join(f'fibonacci_{q}_{{p}}' for q in (236, 382, 500, 618, 786)), windows=(168,), unit='price', scale_free=False, formula=tuple(f'H_p-0.{q}\\,(H_p-L_p)' for q in (236, 382, 500, 618, 786)), source='retracement levels')
+@step(' '.join(f'fibonacci_{q}_{{p}}' for q in (236, 382, 500, 618, 786)), windows=(168,), unit='price', scale_free=False, formula=tuple(f'H_p-0.{q}\\,(H_p-L_p)' for q in (236, 382, 500, 618, 786)), source='retracement levels')
 def fibonacci(donchian_high_168, donchian_low_168, W, s, n, y):
     top, span = donchian_high_168, donchian_high_168 - donchian_low_168
     y[0], y[1], y[2], y[3], y[4] = top - 0.236 * span, top - 0.382 * span, top - 0.5 * span, top - 0.618 * span, top - 0.786 * span
 
-@family('fibonacci_distance_{p}', windows=(24, 168, 720), unit='-0.12 to 0.12', formula=r'(C-F_\text{nearest})/(H_p-L_p)', source='retracement levels')
+@step('fibonacci_distance_{p}', windows=(24, 168, 720), unit='-0.12 to 0.12', formula=r'(C-F_\text{nearest})/(H_p-L_p)', source='retracement levels')
 def near_fibonacci(donchian_percent_24, donchian_percent_168, donchian_percent_720, W, s, n, y):
     places = (donchian_percent_24, donchian_percent_168, donchian_percent_720)
     for j in range(3):
@@ -544,20 +544,20 @@ def near_fibonacci(donchian_percent_24, donchian_percent_168, donchian_percent_7
             if abs(places[j] - q) < abs(y[j]): y[j] = places[j] - q
 
 # %% ../nbs/11_technical.ipynb #a072a293
-@family('volume_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(V-\bar V_p)/\mathrm{sd}_p(V)')
+@step('volume_z_{p}', windows=(24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='standard deviations', formula=r'(V-\bar V_p)/\mathrm{sd}_p(V)')
 def volume_z(volume, W, s, n, y, r):
     m = len(volume) - 1
     for j in range(len(W)):
         mean, sd = mean_std(s, 4 * j, volume, W[j], n, r[j])
         y[j] = (volume[m] - mean) / sd if sd > 0 else 0.
 
-@family('volume_ratio_{p}', windows=((24, 168),), state=4, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(\bar V_{24}/\bar V_{168})')
+@step('volume_ratio_{p}', windows=((24, 168),), state=4, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(\bar V_{24}/\bar V_{168})')
 def volume_ratio(volume, W, s, n, y, r):
     a, b = slide(s, 0, volume, W[0], n, r[0]) / W[0], slide(s, 2, volume, W[1], n, r[0]) / W[1]
     y[0] = math.log(min(max(a / b, 1e-3), 1e3)) if b > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #0706bd67
-@family('obv_flow_{p} cmf_{p} vwap_{p} vwap_distance_{p}', windows=(24, 168), state=8, first=lambda p: p, past=lambda p: p, unit=('-1 to 1', '-1 to 1', 'price', 'ratio'), scale_free=(True, True, False, True),
+@step('obv_flow_{p} cmf_{p} vwap_{p} vwap_distance_{p}', windows=(24, 168), state=8, first=lambda p: p, past=lambda p: p, unit=('-1 to 1', '-1 to 1', 'price', 'ratio'), scale_free=(True, True, False, True),
         formula=(r'\sum V^\pm/\sum V', r'\sum V^m/\sum V', r'\sum PV/\sum V', r'C/\mathrm{VWAP}_p-1'), source=('Granville; share of volume', 'Chaikin; ta', 'ta', 'ta'))
 def money_flow(close, volume, dollar_volume, signed_volume, flow_volume, W, s, n, y, r):
     m = len(close) - 1
@@ -572,7 +572,7 @@ def money_flow(close, volume, dollar_volume, signed_volume, flow_volume, W, s, n
         y[4 * j + 3] = close[m] / y[4 * j + 2] - 1
 
 # %% ../nbs/11_technical.ipynb #89c558a5
-@family('adosc_{p} adosc_share_{p}', windows=((3, 10),), state=3, const=lambda p: (2 / (p[0] + 1), 2 / (p[1] + 1)), first=lambda p: p[1], settle=lambda p: 8 * p[1], unit=('volume', 'ratio'), scale_free=(False, True),
+@step('adosc_{p} adosc_share_{p}', windows=((3, 10),), state=3, const=lambda p: (2 / (p[0] + 1), 2 / (p[1] + 1)), first=lambda p: p[1], settle=lambda p: 8 * p[1], unit=('volume', 'ratio'), scale_free=(False, True),
         formula=('d_{10}-d_3', r'(d_{10}-d_3)/\mathrm{EMA}_{10}(V)'), source='Chaikin; TA-Lib')
 def chaikin(flow_volume, volume, W, s, n, y, c):
     for k in range(2): s[k] = (1 - c[k]) * (s[k] + flow_volume) if n > 1 else 0.
@@ -581,28 +581,28 @@ def chaikin(flow_volume, volume, W, s, n, y, c):
     y[1] = y[0] / v if v > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #c37375e1
-@family('mfi_{p}', windows=(14, 28), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 100', formula=r'100\sum F^+/(\sum F^++\sum F^-)', source='Quong and Soudack 1989')
+@step('mfi_{p}', windows=(14, 28), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 100', formula=r'100\sum F^+/(\sum F^++\sum F^-)', source='Quong and Soudack 1989')
 def mfi(up_flow, down_flow, W, s, n, y, r):
     for j in range(len(W)):
         up, down = slide(s, 4 * j, up_flow, W[j], n, r[j]), slide(s, 4 * j + 2, down_flow, W[j], n, r[j])
         y[j] = 100 * up / (up + down) if up + down > 0 else 50.
 
 # %% ../nbs/11_technical.ipynb #f4f07a2c
-@family('illiquidity_{p}', windows=((24, 720),), state=8, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(I_{24}/I_{720}),\; I_p=\sum|r|/\sum PV', source='after Amihud 2002')
+@step('illiquidity_{p}', windows=((24, 720),), state=8, first=lambda p: p[1], past=lambda p: p[1], unit='log ratio, -6.9 to 6.9', formula=r'\ln(I_{24}/I_{720}),\; I_p=\sum|r|/\sum PV', source='after Amihud 2002')
 def illiquidity(log_return, dollar_volume, W, s, n, y, r):
     moved, money = slide_size(s, 0, log_return, W[0], n, r[0], 1), slide(s, 2, dollar_volume, W[0], n, r[0])
     slow_moved, slow_money = slide_size(s, 4, log_return, W[1], n, r[0], 1), slide(s, 6, dollar_volume, W[1], n, r[0])
     y[0] = math.log(min(max(moved / money * slow_money / slow_moved, 1e-3), 1e3)) if moved > 0 and money > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #fd0f9a2b
-@family('taker_buy_share_{p}', windows=(1, 24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum V^{\mathrm{taker\ buy}}/\sum V')
+@step('taker_buy_share_{p}', windows=(1, 24, 168), state=4, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'\sum V^{\mathrm{taker\ buy}}/\sum V')
 def taker(taker_buy_volume, volume, W, s, n, y, r):
     for j in range(len(W)):
         bought, v = slide(s, 4 * j, taker_buy_volume, W[j], n, r[j]), slide(s, 4 * j + 2, volume, W[j], n, r[j])
         y[j] = min(max(bought / v, 0.), 1.) if v > 0 else 0.5
 
 # %% ../nbs/11_technical.ipynb #891402c2
-@family('body upper_shadow lower_shadow clv', unit=('-1 to 1', '0 to 1', '0 to 1', '-1 to 1'),
+@step('body upper_shadow lower_shadow clv', unit=('-1 to 1', '0 to 1', '0 to 1', '-1 to 1'),
         formula=('(C-O)/(H-L)', r'(H-\max(O,C))/(H-L)', r'(\min(O,C)-L)/(H-L)', '((C-L)-(H-C))/(H-L)'))
 def candle(open, high, low, close, W, s, n, y):
     scale = 1 / (high - low) if high > low else 0.
@@ -612,7 +612,7 @@ def candle(open, high, low, close, W, s, n, y):
     y[3] = ((close - low) - (high - close)) * scale
 
 # %% ../nbs/11_technical.ipynb #e8a66268
-@family('doji hammer shooting_star engulfing', first=(11, 12, 12, 2), past=11, unit=('0 or 1', '0 or 1', '0 or 1', '-1, 0 or 1'), source='TA-Lib',
+@step('doji hammer shooting_star engulfing', first=(11, 12, 12, 2), past=11, unit=('0 or 1', '0 or 1', '0 or 1', '-1, 0 or 1'), source='TA-Lib',
         formula=(r'|C-O|\le 0.1\,\bar R', r'\text{small body at the top of the bar, long lower shadow, low place}', r'\text{hammer upside down}', r'\text{body swallows the opposite body before}'))
 def patterns(open, high, low, close, W, s, n, y):
     body, ranges, near = 0., 0., 0.
@@ -629,7 +629,7 @@ def patterns(open, high, low, close, W, s, n, y):
     y[3] = 0. if not swallows or (c >= o) == (c1 >= o1) else 1. if c >= o else -1.
 
 # %% ../nbs/11_technical.ipynb #1e3ec17e
-@family('harami star', first=(12, 13), past=12, unit='-1, 0 or 1', source='TA-Lib', formula=(r'\text{short body within the long one before}', r'\text{long body, short body apart, way back}'))
+@step('harami star', first=(12, 13), past=12, unit='-1, 0 or 1', source='TA-Lib', formula=(r'\text{short body within the long one before}', r'\text{long body, short body apart, way back}'))
 def reversals(open, close, W, s, n, y):
     before, before_1, before_2 = 0., 0., 0.                  # mean bodies of ten bars before each of the last three
     for k in range(10):
@@ -645,7 +645,7 @@ def reversals(open, close, W, s, n, y):
     y[1] = d if abs(b_2) > before_2 and abs(b_1) <= before_1 and apart and abs(b) > before and turned else 0.
 
 # %% ../nbs/11_technical.ipynb #8727ee42
-@family('efficiency_ratio_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'|\sum r|/\sum|r|', source='Kaufman 1995')
+@step('efficiency_ratio_{p}', windows=(24, 168), state=2, first=lambda p: p, past=lambda p: p, unit='0 to 1', formula=r'|\sum r|/\sum|r|', source='Kaufman 1995')
 def efficiency(log_close, log_return, W, s, n, y, r):
     m = len(log_close) - 1                                   # a first return means two closes
     for j in range(len(W)):
@@ -653,7 +653,7 @@ def efficiency(log_close, log_return, W, s, n, y, r):
         y[j] = min(abs(made) / walked, 1.) if walked > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #840af7f6
-@family('trend_slope_{p} trend_r2_{p}', windows=(24, 168), state=5, first=lambda p: p, past=lambda p: p, unit=('log return per bar', '0 to 1'), formula=(r'\text{slope of } \ln C \text{ on time}', 'R^2'), source='least squares')
+@step('trend_slope_{p} trend_r2_{p}', windows=(24, 168), state=5, first=lambda p: p, past=lambda p: p, unit=('log return per bar', '0 to 1'), formula=(r'\text{slope of } \ln C \text{ on time}', 'R^2'), source='least squares')
 def trend(log_close, W, s, n, y, r):
     x, m = log_close, len(log_close) - 1
     for j in range(len(W)):
@@ -669,7 +669,7 @@ def trend(log_close, W, s, n, y, r):
         y[2 * j + 1] = min(beta * beta * (p * p - 1) / (12 * variance), 1.) if variance > 0 else 0.
 
 # %% ../nbs/11_technical.ipynb #3249512b
-@family('skewness_{p} kurtosis_{p}', windows=(72, 168), state=6, first=lambda p: p, past=lambda p: p, const=lambda p: 1 / p, unit='none', formula=('m_3/m_2^{3/2}', 'm_4/m_2^2-3'))
+@step('skewness_{p} kurtosis_{p}', windows=(72, 168), state=6, first=lambda p: p, past=lambda p: p, const=lambda p: 1 / p, unit='none', formula=('m_3/m_2^{3/2}', 'm_4/m_2^2-3'))
 def moments(log_return, W, s, n, y, r, c):
     for j in range(len(W)):
         p, a = W[j], 6 * j
@@ -690,7 +690,7 @@ def month_of(
     m = (5 * (e - (365 * year + year // 4 - year // 100)) + 2) // 153
     return m + 3 if m < 10 else m - 9
 
-@family('hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos', state=53, unit='-1 to 1', source='UTC, open of the bar',
+@step('hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos', state=53, unit='-1 to 1', source='UTC, open of the bar',
         formula=tuple(rf'\{f} 2\pi {x}' for x in ('h/24', 'd/7', '(m-1)/12') for f in ('sin', 'cos')))
 def calendar(time, W, s, n, y):
     day, h = int(time // 86400), (time % 86400) / 3600
@@ -704,4 +704,4 @@ def calendar(time, W, s, n, y):
     for k in range(4): y[2 + k] = s[1 + k]
 
 # %% ../nbs/11_technical.ipynb #6520aca5
-TECHNICAL = [f for f in list(globals().values()) if isinstance(f, Family)]
+TECHNICAL = [f for f in list(globals().values()) if isinstance(f, Step)]

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cryptoml.audit import CANARIES, AuditError, Subject, audit, audit_positions, audit_source, other_future, other_source, with_canaries
 from cryptoml.data import DataError, as_of, clean, market_frame, to_panel
-from cryptoml.engine import family
+from cryptoml.engine import step
 from cryptoml.features import AdvancedFeatureEngineer
 from cryptoml.simulate import simulate
 
@@ -169,7 +169,7 @@ def test_a_stream_that_differs_is_found():
 
 
 def test_a_warm_up_that_is_declared_too_short_is_found():
-    @family('hasty_{p}', windows=(20,), state=1, first=1, settle=30)
+    @step('hasty_{p}', windows=(20,), state=1, first=1, settle=30)
     def hasty(close, W, s, n, y):
         s[0] = close if n == 1 else s[0] + (close - s[0]) / 20
         y[0] = s[0] / close

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cryptoml import engine as module
-from cryptoml.engine import BARS, Engine, cache_dir, family, key_of, load, ordered
+from cryptoml.engine import BARS, Engine, cache_dir, step, key_of, load, ordered
 
 GAIN = 0.25
 
@@ -15,13 +15,13 @@ GAIN = 0.25
 def scaled(x): return x * GAIN
 
 
-@family('change', state=1, first=2, feature=False)
+@step('change', state=1, first=2, feature=False)
 def change(close, W, s, n, y):
     y[0] = close - s[0]
     s[0] = close
 
 
-@family('mean_{p}', windows=(3, 7, 20), state=1, past=lambda p: p, first=lambda p: p)
+@step('mean_{p}', windows=(3, 7, 20), state=1, past=lambda p: p, first=lambda p: p)
 def mean(close, W, s, n, y, r):
     m = len(close) - 1
     for j in range(len(W)):
@@ -33,36 +33,36 @@ def mean(close, W, s, n, y, r):
         y[j] = s[j] / p
 
 
-@family('mean_change_{p}', windows=(5,), past=lambda p: p, first=lambda p: p)
+@step('mean_change_{p}', windows=(5,), past=lambda p: p, first=lambda p: p)
 def mean_change(change, W, s, n, y):
     m = len(change) - 1
     for k in range(min(n, 5)): s0 = change[m - k] if k == 0 else s0 + change[m - k]
     y[0] = s0 / 5
 
 
-@family('smooth_{0} slow_{p}', windows=((2, 5), (4, 9)), state=2, const=lambda p: (1 / p[0], 1 / p[1]), first=lambda p: p)
+@step('smooth_{0} slow_{p}', windows=((2, 5), (4, 9)), state=2, const=lambda p: (1 / p[0], 1 / p[1]), first=lambda p: p)
 def smooth(close, taker_buy_volume, W, s, n, y, c):
     for k in range(len(s)):
         s[k] += (close - s[k]) * max(c[k], 1 / n)
         y[k] = s[k] + scaled(taker_buy_volume)
 
 
-@family('place')
+@step('place')
 def place(close, W, s, n, y, i): y[0] = i % 24
 
 
-@family('words', state=1, first=3, past=4)
+@step('words', state=1, first=3, past=4)
 def words(change, close, W, s, n, y, i):
     s[0] += change[-1]
     y[0] = float(str(s[0] + close[-min(n, 5)] + i))
 
 
-@family('due_{p}', windows=(3, 20))
+@step('due_{p}', windows=(3, 20))
 def due(close, W, s, n, y, r):
     for j in range(len(W)): y[j] = r[j]
 
 
-@family('told_{p}', windows=(3, 20))
+@step('told_{p}', windows=(3, 20))
 def told(close, W, s, n, y, r):
     for j in range(len(W)): y[j] = float(str(r[j]))
 
@@ -146,9 +146,9 @@ def test_streams_begun_apart_meet_to_the_last_bit(engines):
 
 
 def test_infinite_and_undefined_values_become_nan_and_restart_who_reads_them():
-    @family('bad')
+    @step('bad')
     def bad(close, W, s, n, y, i): y[0] = (1. if i % 10 else 0.) / (0. if i % 7 == 0 else 1.) if i % 10 != 5 else math.inf
-    @family('count', state=1)
+    @step('count', state=1)
     def count(bad, W, s, n, y): y[0] = n
     e = Engine([bad, count])
     assert e.plain == []
@@ -163,7 +163,7 @@ def test_infinite_and_undefined_values_become_nan_and_restart_who_reads_them():
 
 def test_columns_beyond_the_bar():
     "A source's column rides along; where it is missing only its readers start again"
-    @family('level_{p}', windows=(3,), state=1, first=lambda p: p)
+    @step('level_{p}', windows=(3,), state=1, first=lambda p: p)
     def level(source_level, W, s, n, y):
         s[0] += source_level
         y[0] = s[0]
@@ -179,7 +179,7 @@ def test_columns_beyond_the_bar():
 
 
 def test_what_a_step_does_not_write_is_nan():
-    @family('now then')
+    @step('now then')
     def half(close, W, s, n, y):
         y[0] = close
         if n % 2: y[1] = close
@@ -189,35 +189,35 @@ def test_what_a_step_does_not_write_is_nan():
 
 
 def test_no_limit_on_windows_outputs_and_inputs():
-    wide = family(' '.join(f'in_{k}' for k in range(50)), feature=False)
+    wide = step(' '.join(f'in_{k}' for k in range(50)), feature=False)
     @wide
     def many(close, W, s, n, y):
         for k in range(len(y)): y[k] = close + k
     text = f'def total({", ".join(f"in_{k}" for k in range(50))}, W, s, n, y):\n    for j in range(len(W)): y[j] = W[j] + ' + ' + '.join(f'in_{k}' for k in range(50))
     scope = {}
     exec(text, scope)
-    total = family('total_{p}', windows=tuple(range(100)))(scope['total'])
+    total = step('total_{p}', windows=tuple(range(100)))(scope['total'])
     e = Engine([total, many])
     X, number = bars(5)
     np.testing.assert_allclose(e.run(X, number), [j + 50 * X[:, 3] + 1225 for j in range(100)])
 
 
 def test_a_step_without_text_is_compiled_without_cache():
-    scope = dict(family=family)
-    exec('@family("twice")\ndef twice(close, W, s, n, y): y[0] = 2 * close', scope)
-    other = dict(family=family)
-    exec('@family("twice")\ndef twice(close, W, s, n, y): y[0] = 3 * close', other)
+    scope = dict(step=step)
+    exec('@step("twice")\ndef twice(close, W, s, n, y): y[0] = 2 * close', scope)
+    other = dict(step=step)
+    exec('@step("twice")\ndef twice(close, W, s, n, y): y[0] = 3 * close', other)
     X, number = bars(5)
     for k, f in ((2, scope['twice']), (3, other['twice'])):
         e = Engine([f])
         assert e.plain == []
         np.testing.assert_array_equal(e.run(X, number)[0], k * X[:, 3])
-    nameless = Engine([family('half')(lambda close, W, s, n, y: y.__setitem__(0, close / 2))])
+    nameless = Engine([step('half')(lambda close, W, s, n, y: y.__setitem__(0, close / 2))])
     np.testing.assert_array_equal(nameless.run(X, number)[0], X[:, 3] / 2)
 
 
 def test_a_plain_step_that_raises_is_heard():
-    @family('fails')
+    @step('fails')
     def fails(close, W, s, n, y): y[0] = {}['nothing']
     X, number = bars(3)
     with pytest.raises(KeyError, match='nothing'): Engine([fails]).run(X, number)
@@ -232,14 +232,14 @@ def test_wrong_states_are_refused(engines):
     for length in (0, 10, 64, 71, len(kept) - 8):
         with pytest.raises(ValueError): e.restore(kept[:length])
     with pytest.raises(ValueError, match='other features'): Engine(ALL, block=16, max_gap=12).restore(kept)
-    longer = family('mean_{p}', windows=(3, 7, 21), state=1, past=lambda p: p, first=lambda p: p)(mean.step)
+    longer = step('mean_{p}', windows=(3, 7, 21), state=1, past=lambda p: p, first=lambda p: p)(mean.function)
     with pytest.raises(ValueError, match='other features'): Engine([f for f in ALL if f is not mean] + [longer], block=16).restore(kept)
     with pytest.raises(ValueError, match='memory'): e.run(*bars(5), M=np.zeros(3))
 
 
 def test_names_are_unique():
-    with pytest.raises(ValueError, match='step change'): ordered([change, family('other')(change.step)])
-    with pytest.raises(ValueError, match='more than once: close'): ordered([family('close')(lambda open, W, s, n, y: None)])
+    with pytest.raises(ValueError, match='step change'): ordered([change, step('other')(change.function)])
+    with pytest.raises(ValueError, match='more than once: close'): ordered([step('close')(lambda open, W, s, n, y: None)])
 
 
 def test_threads_share_one_engine(engines):
@@ -260,11 +260,11 @@ import logging, sys
 logging.basicConfig(format='%(message)s')
 import numpy as np
 from cryptoml import engine
-from cryptoml.engine import Engine, family
+from cryptoml.engine import Engine, step
 {before}
 FACTOR = {factor}
 def weigh(x): return x * FACTOR
-@family('up_{{p}}', windows=(2, 3), state=1)
+@step('up_{{p}}', windows=(2, 3), state=1)
 def up(close, W, s, n, y):
     for j in range(len(W)):
         s[j] += (close - s[j]) / W[j]
@@ -317,7 +317,7 @@ import logging, sys
 logging.basicConfig(format='%(message)s')
 import numpy as np
 from cryptoml import engine
-from cryptoml.engine import Engine, family
+from cryptoml.engine import Engine, step
 engine.os.cpu_count = lambda: 2
 def weigh(x): return x * 2.
 {steps}
@@ -328,7 +328,7 @@ print(Engine(list(STEPS)).run(np.full((2, 9), 5.), np.arange(2))[:, -1].tolist()
 
 @pytest.mark.parametrize('name, before', [('apart', ''), ('dies', 'sys.path.insert(0, {folder!r})'), ('none', 'sys.executable = "/nowhere/python"')])
 def test_many_cold_steps_are_compiled_in_other_processes(tmp_path, name, before):
-    steps = 'STEPS = []\n' + '\n'.join(f"@family('up_{k}')\ndef step_{k}(close, W, s, n, y): y[0] = weigh(close) + {k}\nSTEPS.append(step_{k})" for k in range(12))
+    steps = 'STEPS = []\n' + '\n'.join(f"@step('up_{k}')\ndef step_{k}(close, W, s, n, y): y[0] = weigh(close) + {k}\nSTEPS.append(step_{k})" for k in range(12))
     (tmp_path / 'early').mkdir()
     (tmp_path / 'early' / 'numba.py').write_text('import os; os._exit(3)')                    # the other processes die as they start
     (tmp_path / 'many.py').write_text(MANY.format(steps=steps, before=before.format(folder=str(tmp_path / 'early'))))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cryptoml.crossexchange import cross_frame, funding_frame
 from cryptoml.data import DataError, clean, market_frame, to_panel
-from cryptoml.engine import family
+from cryptoml.engine import step
 from cryptoml.features import FAMILIES, AdvancedFeatureEngineer, catalogue
 from cryptoml.onchain import onchain_frame
 from cryptoml.simulate import simulate
@@ -236,7 +236,7 @@ def test_optional_columns_may_be_absent():
 
 
 def test_one_s_own_step_and_what_it_needs():
-    @family('gap_to_mean', unit='ratio')
+    @step('gap_to_mean', unit='ratio')
     def gap_to_mean(sma_distance_20, W, s, n, y): y[0] = -sma_distance_20
     own = AdvancedFeatureEngineer([gap_to_mean])
     assert own.columns == ['gap_to_mean'] and own.family_of == ['own'] and own.model_ready == [True]
