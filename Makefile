@@ -8,12 +8,16 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
-	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \
+	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") \
+	  $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \
 	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
 
-# Two workers (pytest-xdist) of one thread each: most tests wait for processes of their own. ARGS="tests/test_tft.py -k stream" runs some in one.
+# First what can be seen without running anything (ruff.toml says what counts as a mistake).
+# Then two workers (pytest-xdist) of one thread each: most tests wait for processes of their own.
+# ARGS="tests/test_tft.py -k stream" runs some tests, in one.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
+	@$(if $(ARGS),,$(BIN)/ruff check --no-cache --quiet)
 	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 2 --dist loadfile --no-loadscope-reorder)
 
 docs: .venv/.ready
@@ -26,15 +30,20 @@ lab: .venv/.ready
 	@$(BIN)/jupyter lab nbs
 
 notebooks: .venv/.ready
-	@. $(BIN)/activate && nbdev_export && for n in nbs/index.ipynb nbs/[0-9]*.ipynb; do echo "$$n"; jupyter execute --inplace "$$n" || exit 1; done && nbdev_clean
+	@. $(BIN)/activate && nbdev_export && \
+	  for n in nbs/index.ipynb nbs/[0-9]*.ipynb; do echo "$$n"; jupyter execute --inplace "$$n" || exit 1; done && \
+	  nbdev_clean
 
 clean:
 	rm -rf _docs _proc _sphinx build dist *.egg-info .pytest_cache .hypothesis tests/.pytest_cache
 	find cryptoml tests nbs -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: settings.ini constraints.txt setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cryptoml needs Python 3.11 or newer; make PYTHON=python3.12 names another one" >&2; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cryptoml needs Python 3.11 or newer; make PYTHON=python3.12 names another one" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install its venv module" \
+	    "(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@echo "installing what cryptoml needs into .venv (some minutes, once)"
 	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt

@@ -1,10 +1,14 @@
-"Speed of graph attention: `python bench/gat.py` (PyTorch Geometric, same weights, same inputs, same run, beside it where installed)"
-import statistics, time
+"""Speed of graph attention: `python bench/gat.py`
+(PyTorch Geometric, same weights, same inputs, same run, beside it where installed)"""
+import statistics
+import time
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from cryptoml.gat import GATConfig, GraphAttentionLayer, GraphAttentionNetwork, attend_dense, block_graph, dense_bias, to_edges
+from cryptoml.gat import (GATConfig, GraphAttentionLayer, GraphAttentionNetwork, attend_dense, block_graph,
+                          dense_bias, to_edges)
 
 try: from torch_geometric.nn import GATConv
 except ImportError: GATConv = None
@@ -34,7 +38,8 @@ def same_weights(theirs, ours):
 def dense(N, share, dropout, B=256, n_in=64, D=16, H=4):
     "Forward and backward of one layer over B graphs of N nodes in which `share` of the pairs are edges"
     torch.manual_seed(0)
-    x, ours = torch.randn(B, N, n_in), GraphAttentionLayer(n_in, D, H, dropout)
+    x = torch.randn(B, N, n_in)
+    ours = GraphAttentionLayer(n_in, D, H, dropout)
     graph = None if share == 1 else (torch.rand(B, N, N) < share) | torch.eye(N, dtype=torch.bool)
 
     def run():
@@ -44,10 +49,15 @@ def dense(N, share, dropout, B=256, n_in=64, D=16, H=4):
     columns = {'cryptoml': lambda: run().sum().backward()}
     if GATConv:
         edges, _ = to_edges(torch.ones(B, N, N, dtype=torch.bool) if graph is None else graph)
-        theirs, flat = same_weights(GATConv(n_in, D, heads=H, dropout=dropout, add_self_loops=False), ours), x.flatten(0, 1)
-        if not dropout: assert (theirs(flat, edges).view(B, N, -1) - run()).abs().max() < 1e-5, 'the two do not agree'
+        theirs = same_weights(GATConv(n_in, D, heads=H, dropout=dropout, add_self_loops=False), ours)
+        flat = x.flatten(0, 1)
+        if not dropout:
+            apart = (theirs(flat, edges).view(B, N, -1) - run()).abs().max()
+            assert apart < 1e-5, 'the two do not agree'
 
-        def pyg(): return theirs(F.dropout(flat, dropout) if dropout else flat, edges).sum().backward()
+        def pyg():
+            dropped = F.dropout(flat, dropout) if dropout else flat
+            theirs(dropped, edges).sum().backward()
         columns['PyG'] = pyg
     return medians(columns)
 
@@ -57,8 +67,12 @@ def citations():
     data = block_graph()
     x, y, train = data.features, data.labels, data.train
     edges = torch.cat([data.edges, data.edges.flip(0)], 1)
-    ours, sparse = GraphAttentionNetwork(GATConfig(x.shape[1], 7)), x.to_sparse().coalesce()
-    columns = {'cryptoml': lambda: F.cross_entropy(ours(sparse, edges).states[train], y[train]).backward()}
+    sparse = x.to_sparse().coalesce()
+    ours = GraphAttentionNetwork(GATConfig(x.shape[1], 7))
+
+    def run(): F.cross_entropy(ours(sparse, edges).states[train], y[train]).backward()
+
+    columns = {'cryptoml': run}
     if GATConv:
         a = GATConv(x.shape[1], 8, heads=8, dropout=.6, add_self_loops=False)
         b = GATConv(64, 7, concat=False, dropout=.6, add_self_loops=False)
@@ -71,15 +85,29 @@ def citations():
     return medians(columns)
 
 
+def named(N, share, dropout): return f'{N} nodes, {share:.0%} of the pairs, dropout {dropout}'
+
+
+SIZES = [           # nodes, share of the pairs, dropout
+    (20, 1, 0.),
+    (50, 1, 0.),
+    (50, .5, 0.),
+    (50, 1, .1),
+]
+
+
 def main():
     torch.set_num_threads(1)
-    if not GATConv: print('torch_geometric is not installed: our times alone (pip install torch-geometric, in an environment of its own)')
-    cases = {f'{N} nodes, {share:.0%} of the pairs, dropout {dropout}': (lambda a=(N, share, dropout): dense(*a))
-             for N, share, dropout in ((20, 1, 0.), (50, 1, 0.), (50, .5, 0.), (50, 1, .1))}
-    for name, case in (cases | {'citations of Cora\'s size, paper\'s configuration': citations}).items():
+    if not GATConv:
+        print('torch_geometric is not installed: our times alone '
+              '(pip install torch-geometric, in an environment of its own)')
+    cases = {named(*size): partial(dense, *size) for size in SIZES}
+    cases["citations of Cora's size, paper's configuration"] = citations
+    for name, case in cases.items():
         t = case()
-        beside = f'   PyG {1000 * t["PyG"]:8.1f} ms   {t["PyG"] / t["cryptoml"]:5.1f} times' if GATConv else ''
-        print(f'{name:55}{1000 * t["cryptoml"]:8.1f} ms{beside}', flush=True)
+        ours = t['cryptoml']
+        beside = f'   PyG {1000 * t["PyG"]:8.1f} ms   {t["PyG"] / ours:5.1f} times' if GATConv else ''
+        print(f'{name:55}{1000 * ours:8.1f} ms{beside}', flush=True)
 
 
 if __name__ == '__main__': main()

@@ -6,9 +6,9 @@
 __all__ = ['accuracy', 'mcc', 'auc', 'nll', 'log_loss', 'reliability', 'ece', 'accuracy_at_coverage', 'mae', 'mse', 'r2',
            'pinball_loss', 'pinball', 'coverage', 'qlike_loss', 'qlike', 'rank_ic_series', 'rank_ic', 'cross_residual',
            'sharpe', 'drawdown', 'max_drawdown', 'day_blocks', 'by_day', 'sharpe_variance', 'sharpe_error', 'psr',
-           'expected_max_sharpe', 'deflated_sharpe', 'break_even_accuracy', 'mean_by', 'DieboldMariano',
-           'diebold_mariano', 'bootstrap_days', 'Interval', 'interval_sums', 'interval_mean', 'interval_sharpe',
-           'bootstrap_indices', 'interval']
+           'expected_max_sharpe', 'deflated_sharpe', 'break_even_accuracy', 'DieboldMariano', 'diebold_mariano',
+           'bootstrap_days', 'Interval', 'interval_sums', 'interval_mean', 'interval_sharpe', 'bootstrap_indices',
+           'interval']
 
 # %% ../nbs/05_metrics.ipynb #c2839274
 from statistics import NormalDist
@@ -24,19 +24,23 @@ def _finite(**arrays) -> list:
     if len(set(lengths.values())) > 1: raise ValueError(f'lengths differ: {lengths}')
     if not next(iter(lengths.values())): raise ValueError(f'no samples in {", ".join(out)}')
     for k, a in out.items():
-        if a.dtype.kind == 'f' and not (ok := np.isfinite(a)).all():
-            first = tuple(int(i) for i in np.argwhere(~ok)[0])
-            raise ValueError(f'{k}: {(~ok).sum()} of {a.size} values are not finite, the first at {first}; mask them before scoring')
+        if a.dtype.kind != 'f': continue
+        bad = ~np.isfinite(a)
+        if not bad.any(): continue
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f'{k}: {bad.sum()} of {a.size} values are not finite, '
+                         f'the first at {first}; mask them before scoring')
     return list(out.values())
 
-# %% ../nbs/05_metrics.ipynb #1f45a348
+# %% ../nbs/05_metrics.ipynb #9dbc89e5
 def _labels(n_classes=None, **labels) -> list:
     "Class labels as int64 arrays, after a check of their range"
     out = [np.asarray(a) for a in _finite(**labels)]
+    last = 'K' if n_classes is None else n_classes - 1
     for k, a in zip(labels, out):
         bad = (a < 0) | (a != np.floor(a)) | (a >= (n_classes or np.inf))
         if bad.any():
-            raise ValueError(f'{k}: {bad.sum()} of {a.size} labels are not classes 0..{(n_classes or "K") if n_classes is None else n_classes - 1}, '
+            raise ValueError(f'{k}: {bad.sum()} of {a.size} labels are not classes 0..{last}, '
                              f'for example {a[bad][0]}; mask missing labels before scoring')
     return [a.astype(np.int64) for a in out]
 
@@ -49,16 +53,20 @@ def accuracy(
     y, pred = _labels(y=y, pred=pred)
     return float((y == pred).mean())
 
+# %% ../nbs/05_metrics.ipynb #d382538c
 def mcc(
     y,         # True classes [S], any number of classes
     pred,      # Predicted classes [S]
 ) -> float:    # -1 to 1; 0 for a prediction that knows nothing
     "Matthews correlation of many classes (Gorodkin 2004, eq. 8)"
     y, pred = _labels(y=y, pred=pred)
-    k, s = int(max(y.max(), pred.max())) + 1, float(len(y))
-    t, p = np.bincount(y, minlength=k), np.bincount(pred, minlength=k)
+    s = float(len(y))
+    k = int(max(y.max(), pred.max())) + 1
+    t = np.bincount(y, minlength=k)
+    p = np.bincount(pred, minlength=k)
+    c = (y == pred).sum()
     spread = (s * s - p @ p) * (s * s - t @ t)
-    return float(((y == pred).sum() * s - p @ t) / np.sqrt(spread)) if spread > 0 else 0.
+    return float((c * s - p @ t) / np.sqrt(spread)) if spread > 0 else 0.
 
 # %% ../nbs/05_metrics.ipynb #49b39cf3
 def _ranks(x) -> np.ndarray:
@@ -66,6 +74,7 @@ def _ranks(x) -> np.ndarray:
     _, where, count = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[where]
 
+# %% ../nbs/05_metrics.ipynb #50459e57
 def auc(
     y,         # True where positive [S], bool or 0/1
     score,     # The larger the likelier [S]
@@ -74,9 +83,12 @@ def auc(
     y, score = _finite(y=y, score=score)
     if not np.isin(y, (0, 1)).all(): raise ValueError('auc needs two classes, 0 and 1')
     y = y.astype(bool)
-    pos = int(y.sum()); neg = len(y) - pos
-    if not pos or not neg: raise ValueError(f'auc needs both classes, got {pos} positive and {neg} negative samples')
-    return float((_ranks(score)[y].sum() - pos * (pos + 1) / 2) / (pos * neg))
+    pos = int(y.sum())
+    neg = len(y) - pos
+    if not pos or not neg:
+        raise ValueError(f'auc needs both classes, got {pos} positive and {neg} negative samples')
+    least = pos * (pos + 1) / 2                          # the rank sum if every positive scored lowest
+    return float((_ranks(score)[y].sum() - least) / (pos * neg))
 
 # %% ../nbs/05_metrics.ipynb #1512974c
 def _probabilities(prob) -> np.ndarray:
@@ -87,6 +99,7 @@ def _probabilities(prob) -> np.ndarray:
         raise ValueError('prob: rows must be non-negative and sum to 1; are these logits?')
     return p
 
+# %% ../nbs/05_metrics.ipynb #05632a4f
 def nll(
     y,              # True classes [S]
     prob,           # Probabilities [S, K], or [S] of class 1
@@ -97,6 +110,7 @@ def nll(
     _finite(y=y, prob=p)
     return -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12))
 
+# %% ../nbs/05_metrics.ipynb #e9a550a1
 def log_loss(
     y,         # True classes [S]
     prob,      # Probabilities [S, K], or [S] of class 1
@@ -113,7 +127,8 @@ def reliability(
     "Confidence of the predicted class against how often it was right"
     p = _probabilities(prob)
     y, = _labels(p.shape[1], y=y)
-    conf, right = p.max(1), p.argmax(1) == y
+    conf = p.max(1)
+    right = p.argmax(1) == y
     edges = np.unique(np.quantile(conf, np.arange(1, bins) / bins))
     b = np.searchsorted(edges, conf, side='right')
     n = np.bincount(b, minlength=len(edges) + 1)
@@ -121,6 +136,7 @@ def reliability(
     mean = lambda v: np.bincount(b, v, minlength=len(n))[use] / n[use]
     return pd.DataFrame(dict(confidence=mean(conf), accuracy=mean(right), n=n[use]))
 
+# %% ../nbs/05_metrics.ipynb #98ac3ac0
 def ece(
     y,                # True classes [S]
     prob,             # Probabilities [S, K], or [S] of class 1
@@ -138,11 +154,12 @@ def accuracy_at_coverage(
 ) -> np.ndarray:              # Accuracy at each level
     "Accuracy of the most confident samples"
     conf, correct = _finite(conf=conf, correct=correct)
-    levels, correct = np.asarray(levels, float), correct.astype(float)
-    if ((levels <= 0) | (levels > 1)).any(): raise ValueError(f'levels must lie in (0, 1], got {levels.tolist()}')
-    value, where, n = np.unique(-conf, return_inverse=True, return_counts=True)
+    levels = np.asarray(levels, float)
+    if ((levels <= 0) | (levels > 1)).any():
+        raise ValueError(f'levels must lie in (0, 1], got {levels.tolist()}')
+    _, where, n = np.unique(-conf, return_inverse=True, return_counts=True)
     total = np.r_[0, n.cumsum()]
-    right = np.r_[0, np.bincount(where, correct).cumsum()]
+    right = np.r_[0, np.bincount(where, correct.astype(float)).cumsum()]
     keep = np.ceil(np.round(levels * len(conf), 9))
     return np.interp(keep, total, right) / keep
 
@@ -152,17 +169,19 @@ def mae(y, pred) -> float:
     y, pred = _finite(y=y, pred=pred)
     return float(np.abs(y - pred).mean())
 
+# %% ../nbs/05_metrics.ipynb #03c6f57a
 def mse(y, pred) -> float:
     "Mean squared error"
     y, pred = _finite(y=y, pred=pred)
     return float(np.square(y - pred).mean())
 
+# %% ../nbs/05_metrics.ipynb #e9a87a34
 def r2(y, pred) -> float:
     "Share of the variance of `y` explained; 0 for its mean, negative for less than that"
     y, pred = _finite(y=y, pred=pred)
     return float(1 - np.square(y - pred).sum() / np.square(y - y.mean()).sum())
 
-# %% ../nbs/05_metrics.ipynb #64fb3a7e
+# %% ../nbs/05_metrics.ipynb #86b31cdb
 def pinball_loss(
     y,              # Outcomes [S]
     pred,           # Quantile forecasts [S, Q]
@@ -170,10 +189,12 @@ def pinball_loss(
 ) -> np.ndarray:    # Loss of every forecast [S, Q], unit of y
     "Quantile loss of each sample and level (Koenker and Bassett 1978)"
     y, pred = _finite(y=y, pred=pred)
-    if pred.shape != (len(y), len(levels)): raise ValueError(f'pred must be [{len(y)}, {len(levels)}], got {list(pred.shape)}')
+    if pred.shape != (len(y), len(levels)):
+        raise ValueError(f'pred must be [{len(y)}, {len(levels)}], got {list(pred.shape)}')
     error = y[:, None] - pred
     return np.maximum(levels * error, (np.asarray(levels) - 1) * error)
 
+# %% ../nbs/05_metrics.ipynb #19a69938
 def pinball(
     y,         # Outcomes [S]
     pred,      # Quantile forecasts [S, Q]
@@ -182,6 +203,7 @@ def pinball(
     "Mean quantile loss"
     return float(pinball_loss(y, pred, np.asarray(levels)).mean())
 
+# %% ../nbs/05_metrics.ipynb #2a1e1747
 def coverage(
     y,         # Outcomes [S]
     lower,     # Lower bounds [S]
@@ -199,10 +221,12 @@ def qlike_loss(
     "QLIKE of each volatility forecast (Patton 2011), 0 where it is exact"
     realised, pred = _finite(realised=realised, pred=pred)
     if (low := (realised <= 0) | (pred <= 0)).any():
-        raise ValueError(f'{low.sum()} of {low.size} volatilities are not positive; mask bars without movement, exponentiate logarithms')
+        raise ValueError(f'{low.sum()} of {low.size} volatilities are not positive; '
+                         'mask bars without movement, exponentiate logarithms')
     log_ratio = 2 * (np.log(realised) - np.log(pred))
     return np.expm1(log_ratio) - log_ratio
 
+# %% ../nbs/05_metrics.ipynb #824b0b09
 def qlike(realised, pred) -> float:
     "Mean QLIKE of volatility forecasts; both are standard deviations"
     return float(qlike_loss(realised, pred).mean())
@@ -214,22 +238,30 @@ def rank_ic_series(
     min_coins: int = 3,
 ) -> np.ndarray:       # Spearman correlation of each bar [T], NaN with fewer coins or without spread
     "Rank information coefficient of every bar"
-    score, outcome = np.asarray(score, float), np.asarray(outcome, float)
-    if score.shape != outcome.shape or score.ndim != 2: raise ValueError(f'score and outcome must both be [N, T], got {score.shape} and {outcome.shape}')
+    score = np.asarray(score, float)
+    outcome = np.asarray(outcome, float)
+    if score.shape != outcome.shape or score.ndim != 2:
+        raise ValueError(f'score and outcome must both be [N, T], got {score.shape} and {outcome.shape}')
     hole = np.isnan(score) | np.isnan(outcome)
-    a, b = (pd.DataFrame(np.where(hole, np.nan, x)).rank().to_numpy() for x in (score, outcome))
     n = (~hole).sum(0)
-    a, b = (np.nan_to_num(r - (n + 1) / 2) for r in (a, b))
+    def centred(x):
+        "Ranks less their mean; 0 where a coin is absent"
+        ranks = pd.DataFrame(np.where(hole, np.nan, x)).rank().to_numpy()
+        return np.nan_to_num(ranks - (n + 1) / 2)
+    a = centred(score)
+    b = centred(outcome)
     spread = np.sqrt((a * a).sum(0) * (b * b).sum(0))
     ok = (n >= min_coins) & (spread > 0)
     return np.where(ok, (a * b).sum(0) / np.where(ok, spread, 1), np.nan)
 
+# %% ../nbs/05_metrics.ipynb #518a2ebc
 def rank_ic(
     score,     # Forecasts [N, T]
     outcome,   # Outcomes [N, T]
 ) -> float:    # Mean over bars
     "Mean rank information coefficient"
-    if np.isnan(ic := rank_ic_series(score, outcome)).all(): raise ValueError('rank_ic: no bar has three coins with a score and an outcome')
+    ic = rank_ic_series(score, outcome)
+    if np.isnan(ic).all(): raise ValueError('rank_ic: no bar has three coins with a score and an outcome')
     return float(np.nanmean(ic))
 
 # %% ../nbs/05_metrics.ipynb #9a5f74c0
@@ -239,13 +271,16 @@ def cross_residual(
 ) -> np.ndarray:        # Residuals like y; NaN where y or an exposure is missing
     "What a constant and the exposures leave unexplained across the coins of each bar"
     y = np.asarray(y, float)
-    x = np.stack([np.ones_like(y), *(np.broadcast_to(e, y.shape) for e in exposures)])     # [k, N, ...]
+    columns = [np.ones_like(y), *(np.broadcast_to(e, y.shape) for e in exposures)]
+    x = np.stack(columns)                                  # [k, N, ...]
     ok = ~(np.isnan(y) | np.isnan(x).any(0))
-    x, v = np.where(ok, x, 0.), np.where(ok, y, 0.)
+    v = np.where(ok, y, 0.)
+    x = np.where(ok, x, 0.)
     scale = np.sqrt((x * x).sum(1, keepdims=True))
     x = x / np.where(scale > 0, scale, 1)
     gram = np.einsum('in...,jn...->...ij', x, x)
-    beta = np.einsum('...ij,...j->...i', np.linalg.pinv(gram, rcond=1e-10, hermitian=True), np.einsum('in...,n...->...i', x, v))
+    inverse = np.linalg.pinv(gram, rcond=1e-10, hermitian=True)
+    beta = np.einsum('...ij,...j->...i', inverse, np.einsum('in...,n...->...i', x, v))
     return np.where(ok, v - np.einsum('...i,in...->n...', beta, x), np.nan)
 
 # %% ../nbs/05_metrics.ipynb #6c1bea4b
@@ -259,6 +294,7 @@ def sharpe(
     ratio = np.where(sd > 0, r.mean(-1) / np.where(sd > 0, sd, 1), 0.) * np.sqrt(bars_per_year)
     return float(ratio) if ratio.ndim == 0 else ratio
 
+# %% ../nbs/05_metrics.ipynb #85000cda
 def drawdown(
     equity,         # Positive values of the book [T]
 ) -> np.ndarray:    # Loss from the running peak as a fraction [T], 0 to 1
@@ -270,14 +306,16 @@ def max_drawdown(equity) -> float:
     "Largest fall from a peak, as a fraction"
     return float(drawdown(equity).max())
 
-# %% ../nbs/05_metrics.ipynb #50b57c3d
+# %% ../nbs/05_metrics.ipynb #11f4001d
 def day_blocks(
     time,           # DatetimeIndex or Series of times [S]; naive times are UTC
 ) -> np.ndarray:    # int64 [S], days since 1970 in UTC
     "Number of the day of each sample"
     t = pd.DatetimeIndex(time)
-    return ((t.tz_localize('UTC') if t.tz is None else t) - pd.Timestamp(0, tz='UTC')).days.to_numpy(dtype='int64')
+    if t.tz is None: t = t.tz_localize('UTC')
+    return (t - pd.Timestamp(0, tz='UTC')).days.to_numpy(dtype='int64')
 
+# %% ../nbs/05_metrics.ipynb #b462bcb3
 def by_day(
     returns,        # Simple returns [T] per bar
     days,           # Day number of each bar [T] (`day_blocks`), ascending
@@ -298,6 +336,7 @@ def sharpe_variance(
     "Variance of an estimated Sharpe ratio (Mertens 2002; Bailey and López de Prado 2012, eq. 8)"
     return (1 - skew * ratio + (kurtosis - 1) / 4 * ratio**2) / (n - 1)
 
+# %% ../nbs/05_metrics.ipynb #58ab205c
 def sharpe_error(
     returns,                      # Simple returns [T] per bar
     bars_per_year: float = 8760,
@@ -306,15 +345,18 @@ def sharpe_error(
     r, = _finite(returns=returns)
     if len(r) < 3 or r.std() == 0: raise ValueError('the error of a Sharpe ratio needs three returns that differ')
     z = (r - r.mean()) / r.std()
-    return float(np.sqrt(bars_per_year * sharpe_variance(r.mean() / r.std(), len(r), (z**3).mean(), (z**4).mean())))
+    variance = sharpe_variance(r.mean() / r.std(), len(r), (z**3).mean(), (z**4).mean())
+    return float(np.sqrt(bars_per_year * variance))
 
+# %% ../nbs/05_metrics.ipynb #7afd44a8
 def psr(
     returns,                      # Simple returns [T] per bar
     benchmark: float = 0.,        # Sharpe ratio to beat, in the unit of `sharpe(returns, bars_per_year)`
     bars_per_year: float = 8760,
 ) -> float:                       # Probability, 0 to 1
     "Probabilistic Sharpe ratio (Bailey and López de Prado 2012, eq. 11)"
-    return NormalDist().cdf((sharpe(returns, bars_per_year) - benchmark) / sharpe_error(returns, bars_per_year))
+    error = sharpe_error(returns, bars_per_year)
+    return NormalDist().cdf((sharpe(returns, bars_per_year) - benchmark) / error)
 
 # %% ../nbs/05_metrics.ipynb #49961129
 def expected_max_sharpe(
@@ -322,11 +364,16 @@ def expected_max_sharpe(
     sd: float = 1.,      # Standard deviation of the trials' Sharpe ratios; 1 for annual ratios over one year
 ) -> float:              # In the unit of sd; 0 for one trial
     "Best Sharpe ratio to expect of trials without skill (Bailey and López de Prado 2014, eq. 1)"
-    if n_trials < 1 or sd < 0: raise ValueError(f'need at least one trial and a spread that is not negative, got {n_trials} and {sd}')
+    if n_trials < 1 or sd < 0:
+        raise ValueError('need at least one trial and a spread that is not negative, '
+                         f'got {n_trials} and {sd}')
     if n_trials == 1: return 0.
     z = NormalDist().inv_cdf
-    return float(sd * ((1 - np.euler_gamma) * z(1 - 1 / n_trials) + np.euler_gamma * z(1 - 1 / (n_trials * np.e))))
+    one = z(1 - 1 / n_trials)
+    other = z(1 - 1 / (n_trials * np.e))
+    return float(sd * ((1 - np.euler_gamma) * one + np.euler_gamma * other))
 
+# %% ../nbs/05_metrics.ipynb #5ddc1db5
 def deflated_sharpe(
     returns,                      # Simple returns [T] of the chosen book
     n_trials: int,                # All trials made
@@ -343,27 +390,20 @@ def break_even_accuracy(
     hours,                 # Holding time
 ):                         # Accuracy needed, above 1 where no forecast suffices
     "Direction accuracy that just pays the costs of trading every `hours`, for normal returns"
-    return .5 + cost / (2 * sigma_annual * np.sqrt(np.asarray(hours) / 8760) * np.sqrt(2 / np.pi))
+    move = sigma_annual * np.sqrt(np.asarray(hours) / 8760) * np.sqrt(2 / np.pi)
+    return .5 + cost / (2 * move)
 
 # %% ../nbs/05_metrics.ipynb #8239263d
-def mean_by(
-    values,         # Values [S]
-    groups,         # Key of each sample [S]: its time, or its day
-) -> np.ndarray:    # Mean of each group, in the order of the keys
-    "Mean of the samples that share a key"
-    values, groups = _finite(values=values, groups=groups)
-    _, where = np.unique(groups, return_inverse=True)
-    return np.bincount(where, values) / np.bincount(where)
-
 def _newey_west(
     x,          # Series [n]
     lags: int,
 ) -> float:     # Variance of sqrt(n) times the mean
     e = x - x.mean()
     gamma = [e[k:] @ e[:len(e) - k] / len(e) for k in range(lags + 1)]
-    return gamma[0] + 2 * sum((1 - k / (lags + 1)) * g for k, g in enumerate(gamma) if k)
+    weighted = ((1 - k / (lags + 1)) * g for k, g in enumerate(gamma) if k)
+    return gamma[0] + 2 * sum(weighted)
 
-# %% ../nbs/05_metrics.ipynb #595e312a
+# %% ../nbs/05_metrics.ipynb #e7acefcd
 class DieboldMariano(NamedTuple):
     t: float    # Negative where the first forecast has the smaller loss
     p: float    # Two-sided probability of such a difference between equal forecasts
@@ -371,16 +411,22 @@ class DieboldMariano(NamedTuple):
 def diebold_mariano(
     loss,                   # Losses of a forecast in the order of time [n], one value a time
     baseline,               # Losses of its rival at the same times [n]
-    horizon: int = 1,       # Steps between samples until a forecast is resolved: 6 for 24 h ahead every 4 h
+    horizon: int = 1,       # Bars between samples until a forecast is resolved: 6 for 24 h ahead every 4 h
 ) -> DieboldMariano:
     "Test of equal accuracy (Diebold and Mariano 1995; Harvey, Leybourne and Newbold 1997, eq. 9)"
     from scipy.special import stdtr                         # as slow to import as all of this module
     loss, baseline = _finite(loss=loss, baseline=baseline)
-    d, n, h = loss - baseline, len(loss), int(horizon)
-    if h < 1 or n < 4 * h: raise ValueError(f'{n} samples are too few for a horizon of {h} steps: need {4 * max(h, 1)}')
+    d = loss - baseline
+    n = len(d)
+    h = int(horizon)
+    if h < 1 or n < 4 * h:
+        raise ValueError(f'{n} samples are too few for a horizon of {h} steps: need {4 * max(h, 1)}')
     if not d.any(): return DieboldMariano(0., 1.)
-    v = _newey_west(d, min(max(4 * (h - 1), int(4 * (n / 100) ** (2 / 9))), n - 1))
-    t = d.mean() / np.sqrt(v / n) * np.sqrt((n + 1 - 2 * h + h * (h - 1) / n) / n)
+    usual = int(4 * (n / 100) ** (2 / 9))
+    lags = min(max(4 * (h - 1), usual), n - 1)
+    v = _newey_west(d, lags)
+    small = np.sqrt((n + 1 - 2 * h + h * (h - 1) / n) / n)  # for small samples
+    t = d.mean() / np.sqrt(v / n) * small
     return DieboldMariano(float(t), float(2 * stdtr(n - 1, -abs(t))))
 
 # %% ../nbs/05_metrics.ipynb #389e7a01
@@ -413,23 +459,32 @@ def _interval(value, draws, level) -> Interval:
     lo, hi = np.quantile(np.asarray(draws)[known], [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(lo), float(hi))
 
-def interval_sums(
-    statistic,             # Function of sums [..., columns] to figures [...]
-    groups,                # Day number of each sample [S]
-    *columns,              # Per-sample values [S] whose sums it needs
-    reps: int = 1000, level: float = .95, mean_block: float = 5, seed: int = 0,
-) -> Interval:             # The figure with its percentile interval
-    "Bootstrap interval of a function of sums over the samples"
-    groups, *columns = _finite(groups=groups, **{f'column {i}': c for i, c in enumerate(columns)})
-    _, day = np.unique(groups, return_inverse=True)
-    sums = np.stack([np.bincount(day, c) for c in columns], 1)                # [days, columns]
-    n = len(sums)
+# %% ../nbs/05_metrics.ipynb #38e611ba
+def _times_drawn(n, mean_block, reps, seed) -> np.ndarray:
+    "How often each of n days was drawn in each resample [reps, n]"
     drawn = bootstrap_days(n, mean_block, reps, seed) + n * np.arange(reps)[:, None]
-    count = np.bincount(drawn.ravel(), minlength=reps * n).reshape(reps, n)   # how often each day was drawn
-    with np.errstate(divide='ignore', invalid='ignore'):                      # a resample may lack what the statistic divides by
+    return np.bincount(drawn.ravel(), minlength=reps * n).reshape(reps, n)
+
+# %% ../nbs/05_metrics.ipynb #8c7c150b
+def interval_sums(
+    statistic,               # Function of sums [..., columns] to figures [...]
+    groups,                  # Day number of each sample [S]
+    *columns,                # Per-sample values [S] whose sums it needs
+    reps: int = 1000,        # Resamples
+    level: float = .95,      # Probability that the interval holds
+    mean_block: float = 5,   # Mean run of days
+    seed: int = 0,
+) -> Interval:               # The figure with its percentile interval
+    "Bootstrap interval of a function of sums over the samples"
+    named = {f'column {i}': c for i, c in enumerate(columns)}
+    groups, *columns = _finite(groups=groups, **named)
+    _, day = np.unique(groups, return_inverse=True)
+    sums = np.stack([np.bincount(day, c) for c in columns], 1)     # [days, columns]
+    count = _times_drawn(len(sums), mean_block, reps, seed)
+    with np.errstate(divide='ignore', invalid='ignore'):     # a resample may lack what the statistic divides by
         return _interval(statistic(sums.sum(0)), statistic(count.astype(float) @ sums), level)
 
-# %% ../nbs/05_metrics.ipynb #6f5a3782
+# %% ../nbs/05_metrics.ipynb #c0e3c428
 def interval_mean(
     values,                # Per-sample values [S]; a - b for the gain over a baseline
     groups,                # Day number of each sample [S]
@@ -438,8 +493,10 @@ def interval_mean(
 ) -> Interval:
     "Mean of per-sample values with its bootstrap interval; give a difference to compare two models"
     w = np.ones(len(groups)) if weights is None else np.asarray(weights, float)
-    return interval_sums(lambda s: s[..., 0] / s[..., 1], groups, np.asarray(values) * w, w, **options)
+    mean = lambda s: s[..., 0] / s[..., 1]
+    return interval_sums(mean, groups, np.asarray(values) * w, w, **options)
 
+# %% ../nbs/05_metrics.ipynb #eb63509a
 def interval_sharpe(
     returns,                      # Simple returns [T] per bar
     groups,                       # Day number of each bar [T]
@@ -463,18 +520,25 @@ def bootstrap_indices(
 ):                           # Yields the positions of the samples of each resample
     "Samples of whole resampled days"
     _, day, size = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    order, first = np.argsort(day, kind='stable'), np.cumsum(size) - size
+    order = np.argsort(day, kind='stable')
+    first = np.cumsum(size) - size                              # where a day begins in that order
     for drawn in bootstrap_days(len(size), mean_block, reps, seed):
         n = size[drawn]
-        yield order[np.repeat(first[drawn] - (np.cumsum(n) - n), n) + np.arange(n.sum())]
+        begins = np.cumsum(n) - n                               # and in the resample
+        yield order[np.repeat(first[drawn] - begins, n) + np.arange(n.sum())]
 
+# %% ../nbs/05_metrics.ipynb #df321f7a
 def interval(
     metric,                  # Function of the arrays to one number
     groups,                  # Day number of each sample [S]
     *arrays,                 # Arrays [S, ...] handed to the metric
-    reps: int = 500, level: float = .95, mean_block: float = 5, seed: int = 0,
+    reps: int = 500,         # Resamples
+    level: float = .95,      # Probability that the interval holds
+    mean_block: float = 5,   # Mean run of days
+    seed: int = 0,
 ) -> Interval:
     "Bootstrap interval of any metric"
-    _, *arrays = _finite(groups=groups, **{f'array {i}': a for i, a in enumerate(arrays)})
+    named = {f'array {i}': a for i, a in enumerate(arrays)}
+    _, *arrays = _finite(groups=groups, **named)
     draws = [metric(*(a[i] for a in arrays)) for i in bootstrap_indices(groups, mean_block, reps, seed)]
     return _interval(metric(*arrays), draws, level)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['volatility_target', 'breadth', 'neutralise', 'limit', 'adjust', 'no_trade_band', 'drawdown_control', 'PolicyState',
-           'Policy', 'drift']
+           'drift', 'check_account', 'growth_between', 'in_range', 'Rules', 'Policy', 'stops']
 
 # %% ../nbs/07_policy.ipynb #0eee5877
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import pandas as pd
 
 # %% ../nbs/07_policy.ipynb #c19f6844
 def volatility_target(
-    score,                          # Forecast strength, any shape; 1 asks for the full target volatility, sign is direction
+    score,                          # Forecast strength, any shape; 1 asks for the full target, sign is direction
     sigma,                          # Volatility per bar, same shape
     target_annual: float = .2,      # Annual volatility of a position with score 1
     max_weight: float = 1.,         # Largest absolute weight
@@ -32,7 +32,9 @@ def breadth(
     neutral: bool = False,      # Whether longs equal shorts
 ) -> float:                     # Volatility of the book over that of one position
     "How much riskier n positions are than one, with one average correlation"
-    return float(np.sqrt((1 - correlation) * n + (0 if neutral else correlation * n * n))) if n else 1.
+    if n == 0: return 1.
+    common = 0 if neutral else correlation * n * n
+    return float(np.sqrt((1 - correlation) * n + common))
 
 # %% ../nbs/07_policy.ipynb #e87fbee0
 def neutralise(
@@ -43,7 +45,7 @@ def neutralise(
     w = np.asarray(w, float)
     there = ~np.isnan(w)
     n = np.maximum(there.sum(0), 1)
-    centre = lambda x: np.where(there, x - np.where(there, x, 0.).sum(0) / n, 0.)
+    def centre(x): return np.where(there, x - np.where(there, x, 0.).sum(0) / n, 0.)
     out = centre(w)
     if beta is not None:
         b = centre(np.where(np.isnan(beta), 1., beta))
@@ -89,7 +91,9 @@ def drawdown_control(
     max_drawdown: float,    # Loss from the peak at which nothing is held, 0 to 1
 ) -> float:                 # Share of the exposure allowed, 0 to 1
     "Exposure in proportion to the cushion above the floor (Grossman and Zhou 1993)"
-    return float(np.clip((equity - (1 - max_drawdown) * peak) / (max_drawdown * equity), 0, 1)) if equity > 0 else 0.
+    if equity <= 0: return 0.
+    cushion = equity - (1 - max_drawdown) * peak
+    return float(np.clip(cushion / (max_drawdown * equity), 0, 1))
 
 # %% ../nbs/07_policy.ipynb #d7abcfdc
 class PolicyState(NamedTuple):
@@ -99,17 +103,55 @@ class PolicyState(NamedTuple):
     peak: float            # Largest equity seen
 
 # %% ../nbs/07_policy.ipynb #8571ee5b
-def _check(p) -> None:
-    "Refuse a policy whose numbers make no sense"
-    good = dict(target_annual=p.target_annual > 0, max_weight=p.max_weight > 0, max_gross=p.max_gross > 0, rate=0 < p.rate <= 1, every=p.every >= 1,
-                band=p.band >= 0, neutral=p.neutral in ('none', 'dollar', 'beta'), long_only=not (p.long_only and p.neutral != 'none'),
-                correlation=0 <= p.correlation < 1, max_drawdown=p.max_drawdown is None or 0 < p.max_drawdown < 1, patience=p.patience >= 0)
-    if bad := {k: getattr(p, k) for k, ok in good.items() if not ok}: raise ValueError(f'policy out of range: {bad}')
+def drift(
+    state: PolicyState,
+    equity: float,
+    growth,             # Price ratio of each coin since the last decision [N]
+) -> tuple:             # State with the drifted weights, and the equity, before costs
+    "What the weights and the equity became as prices moved"
+    grown = 1 + float(state.weights @ (growth - 1))
+    if grown <= 0: return state._replace(weights=np.zeros_like(state.weights)), 0.
+    return state._replace(weights=state.weights * growth / grown), equity * grown
 
-# %% ../nbs/07_policy.ipynb #d2cddf6a
+# %% ../nbs/07_policy.ipynb #a04c7ceb
+def check_account(score: np.ndarray, sigma: np.ndarray, held: np.ndarray, equity: float):
+    "ValueError unless the account is known and everything is [N]"
+    if not score.shape == sigma.shape == held.shape:
+        raise ValueError(f'score, sigma and weights must be [N], got {score.shape}, {sigma.shape} and {held.shape}')
+    missing = (~np.isfinite(held)).sum()
+    if missing or not np.isfinite(equity):
+        raise ValueError(f'the account must be known before a decision: equity {equity}, {missing} weights missing')
+
+# %% ../nbs/07_policy.ipynb #9dadc8ba
+def growth_between(
+    close,                 # [N, T], NaN where missing
+    decide: np.ndarray,    # Bars to decide at [T], bool
+) -> np.ndarray:           # [N, decisions], 1 where it is unknown, and at the first
+    "Price ratio of each coin since the decision before"
+    last = pd.DataFrame(np.asarray(close, float)).ffill(axis=1).to_numpy()[:, decide]
+    ratio = np.ones_like(last)
+    ratio[:, 1:] = np.nan_to_num(last[:, 1:] / last[:, :-1], nan=1.)
+    return ratio
+
+# %% ../nbs/07_policy.ipynb #84d56262
+def in_range(p: 'Rules') -> dict[str, bool]:   # Field to whether its number makes sense
+    return dict(
+        target_annual=p.target_annual > 0,
+        max_weight=p.max_weight > 0,
+        max_gross=p.max_gross > 0,
+        rate=0 < p.rate <= 1,
+        every=p.every >= 1,
+        band=p.band >= 0,
+        neutral=p.neutral in ('none', 'dollar', 'beta'),
+        long_only=not (p.long_only and p.neutral != 'none'),
+        correlation=0 <= p.correlation < 1,
+        max_drawdown=p.max_drawdown is None or 0 < p.max_drawdown < 1,
+        patience=p.patience >= 0,
+    )
+
 @dataclass(frozen=True)
-class Policy:
-    "Rules from scores to target weights; `next_weights` decides once, `positions` over history"
+class Rules:
+    "The numbers of a policy; ValueError for one that makes no sense"
     target_annual: float = .2          # Annual volatility of the book when every score is 1
     max_weight: float = 1.             # Largest absolute weight of a coin
     max_gross: float = 2.              # Largest sum of absolute weights
@@ -123,7 +165,32 @@ class Policy:
     patience: int = 6                  # Decisions without a score before a position is unwound
     bars_per_year: float = 8760
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        if bad := {k: getattr(self, k) for k, good in in_range(self).items() if not good}:
+            raise ValueError(f'policy out of range: {bad}')
+
+# %% ../nbs/07_policy.ipynb #0f15f568
+class Policy(Rules):
+    "From scores to target weights; `next_weights` decides once, `positions` over history"
+    def target_weight(self,
+        score,            # Forecast strength, number or [N], NaN where there is none
+        sigma,            # Volatility per bar, alike
+        n: int,           # Positions that share the risk
+        beta=None,        # Market betas [N]
+    ) -> np.ndarray:      # Weights, fractions of equity
+        "Sized and neutralised weights, before bounds on the whole book and before speed"
+        neutral = self.neutral != 'none'
+        risk = self.target_annual / breadth(n, self.correlation, neutral)
+        w = volatility_target(score, sigma, risk, self.max_weight, self.bars_per_year)
+        if self.long_only: w = np.maximum(w, 0)
+        return neutralise(w, beta if self.neutral == 'beta' else None) if neutral else w
+
+    def book_weights(self,
+        score: np.ndarray,    # [N], NaN where there is none
+        sigma: np.ndarray,    # [N]
+    ) -> np.ndarray:          # [N], NaN: keep what is held
+        "Weights of the whole book at once, within its bounds"
+        return limit(self.target_weight(score, sigma, len(score)), self.max_weight, self.max_gross)
 
     def start(self, n: int) -> PolicyState:
         "State of an empty account with n coins"
@@ -133,79 +200,64 @@ class Policy:
         state: PolicyState,    # With the weights held now
         score,                 # Forecast strength [N], about 1 in size; NaN = none
         sigma,                 # Volatility per bar [N]
-        beta=None, tradable=None,   # Market betas [N], whether a coin can be traded [N]
+        beta=None,             # Market betas [N]
+        tradable=None,         # Whether a coin can be traded [N]; None: all
         equity: float = 1.,    # Value of the account now
     ) -> tuple:                # Target weights [N], NaN = keep, and the state after the decision
         "One decision"
-        return _decide(self, state, score, sigma, beta, tradable, equity)
+        score, sigma, held = (np.asarray(x, float) for x in (score, sigma, state.weights))
+        check_account(score, sigma, held, equity)
+        if self.neutral == 'beta' and beta is None: raise ValueError("neutral='beta' needs the betas of the coins")
+        tradable = np.ones(len(score), bool) if tradable is None else np.asarray(tradable, bool)
+        known = np.isfinite(score) & np.isfinite(sigma) & (sigma > 0)
+        silent = np.where(known, 0, state.silent + 1)
+        peak = max(state.peak, equity)
+        exposure = 1. if self.max_drawdown is None else drawdown_control(equity, peak, self.max_drawdown)
+
+        leave = tradable & ((silent > self.patience) | (exposure == 0))
+        use = known & tradable
+        stay = ~leave & ~use
+        kept = np.abs(held[stay]).sum()
+        n = int(use.sum() + (np.abs(held[stay]) > 1e-9).sum())       # rounding dust is no position
+        w = self.target_weight(np.where(use, score, np.nan), sigma, n, beta)
+        w = exposure * limit(np.where(leave, 0., w), self.max_weight, self.max_gross, kept)
+        if self.band: w = no_trade_band(held, w, self.band * np.nanmean(np.append(np.abs(w[use]), 0)))
+        w = limit(adjust(held, w, self.rate), exposure * self.max_weight, exposure * self.max_gross, kept)
+        return w, PolicyState(np.where(np.isnan(w), held, w), silent, peak)
 
     def positions(self,
-        score, sigma,          # [N, T]
-        beta=None, mask=None,  # [N, T]
-        price=None, decide=None,   # Closes [N, T] (weights drift with them), bars to decide at [T] (default every `every`-th)
-    ) -> np.ndarray:           # Target weights [N, T], NaN between decisions: the targets of `backtest`
+        score,                # [N, T]
+        sigma,                # [N, T]
+        beta=None,            # [N, T]
+        mask=None,            # Whether a coin can be traded [N, T]
+        price=None,           # Closes [N, T]: weights drift with them
+        decide=None,          # Bars to decide at [T]; None: every `every`-th
+    ) -> np.ndarray:          # Target weights [N, T], NaN between decisions: the targets of `backtest`
         "Decisions over history from an empty account"
-        return _positions(self, score, sigma, beta, mask, price, decide)
+        score, sigma = np.asarray(score, float), np.asarray(sigma, float)
+        if score.ndim != 2 or score.shape != sigma.shape:
+            raise ValueError(f'score and sigma must both be [N, T], got {score.shape} and {sigma.shape}')
+        if self.max_drawdown is not None and price is None:
+            raise ValueError('drawdown control needs closes: they say what the book has lost')
+        n, T = score.shape
+        decide = np.arange(T) % self.every == 0 if decide is None else np.asarray(decide, bool)
+        if decide.shape != (T,): raise ValueError(f'decide must be [{T}], got {list(decide.shape)}')
+        if price is not None: growth = growth_between(price, decide)
+        state, equity = self.start(n), 1.
+        out = np.full((n, T), np.nan)
+        def at(a, t): return None if a is None else a[:, t]
+        for i, t in enumerate(np.flatnonzero(decide)):
+            if price is not None: state, equity = drift(state, equity, growth[:, i])
+            out[:, t], state = self.next_weights(state, score[:, t], sigma[:, t], at(beta, t), at(mask, t), equity)
+        return out
 
-# %% ../nbs/07_policy.ipynb #9dadc8ba
-def _wanted(
-    policy,
-    score,      # [N], NaN where it must not be used
-    sigma,      # [N]
-    beta,       # [N] or None
-    n: int,     # Positions that share the risk
-):              # Unbounded target weights [N]
-    "Sized and neutralised weights, before bounds and speed"
-    risk = policy.target_annual / breadth(n, policy.correlation, policy.neutral != 'none')
-    w = volatility_target(score, sigma, risk, policy.max_weight, policy.bars_per_year)
-    if policy.long_only: w = np.maximum(w, 0)
-    return w if policy.neutral == 'none' else neutralise(w, beta if policy.neutral == 'beta' else None)
-
-def _decide(policy, state, score, sigma, beta, tradable, equity):
-    score, sigma, held = (np.asarray(x, float) for x in (score, sigma, state.weights))
-    if not score.shape == sigma.shape == held.shape: raise ValueError(f'score, sigma and weights must be [N], got {score.shape}, {sigma.shape} and {held.shape}')
-    if not (np.isfinite(held).all() and np.isfinite(equity)): raise ValueError(f'the account must be known before a decision: equity {equity}, {(~np.isfinite(held)).sum()} weights missing')
-    if policy.neutral == 'beta' and beta is None: raise ValueError("neutral='beta' needs the betas of the coins")
-    tradable = np.ones(len(score), bool) if tradable is None else np.asarray(tradable, bool)
-    known = np.isfinite(score) & np.isfinite(sigma) & (sigma > 0)
-    silent = np.where(known, 0, state.silent + 1)
-    peak = max(state.peak, equity)
-    k = 1. if policy.max_drawdown is None else drawdown_control(equity, peak, policy.max_drawdown)
-
-    out = tradable & ((silent > policy.patience) | (k == 0))
-    stay = ~out & ~(known & tradable)
-    n = int((known & tradable).sum() + (np.abs(held[stay]) > 1e-9).sum())   # rounding dust is no position
-    w = np.where(out, 0., _wanted(policy, np.where(known & tradable, score, np.nan), sigma, beta, n))
-    kept = np.abs(held[stay]).sum()
-    w = k * limit(w, policy.max_weight, policy.max_gross, kept)
-    if policy.band: w = no_trade_band(held, w, policy.band * np.nanmean(np.append(np.abs(w[known & tradable]), 0)))
-    w = limit(adjust(held, w, policy.rate), k * policy.max_weight, k * policy.max_gross, kept)
-    return w, PolicyState(np.where(np.isnan(w), held, w), silent, peak)
-
-# %% ../nbs/07_policy.ipynb #69439621
-def _positions(policy, score, sigma, beta, mask, price, decide):
-    score, sigma = np.asarray(score, float), np.asarray(sigma, float)
-    if score.ndim != 2 or score.shape != sigma.shape: raise ValueError(f'score and sigma must both be [N, T], got {score.shape} and {sigma.shape}')
-    if policy.max_drawdown is not None and price is None: raise ValueError('drawdown control needs closes: they say what the book has lost')
-    n, T = score.shape
-    decide = np.arange(T) % policy.every == 0 if decide is None else np.asarray(decide, bool)
-    if decide.shape != (T,): raise ValueError(f'decide must be [{T}], got {list(decide.shape)}')
-    close = None if price is None else pd.DataFrame(np.asarray(price, float)).ffill(axis=1).to_numpy()
-    state, equity, before, out = policy.start(n), 1., None, np.full((n, T), np.nan)
-    for t in np.flatnonzero(decide):
-        if close is not None:
-            state, equity = drift(state, equity, np.ones(n) if before is None else np.nan_to_num(close[:, t] / close[:, before], nan=1.))
-            before = t
-        out[:, t], state = policy.next_weights(state, score[:, t], sigma[:, t], None if beta is None else beta[:, t],
-                                               None if mask is None else mask[:, t], equity)
-    return out
-
-def drift(
-    state: PolicyState,
-    equity: float,
-    growth,             # Price ratio of each coin since the last decision [N]
-) -> tuple:             # State with the drifted weights, and the equity, before costs
-    "What the weights and the equity became as prices moved"
-    grown = 1 + float(state.weights @ (growth - 1))
-    if grown <= 0: return state._replace(weights=np.zeros_like(state.weights)), 0.
-    return state._replace(weights=state.weights * growth / grown), equity * grown
+# %% ../nbs/07_policy.ipynb #612169a4
+def stops(
+    price: float,             # Closing price
+    quantiles: np.ndarray,    # Log return at the horizon, rising levels [Q]
+    side: int,                # 1 long, -1 short
+) -> tuple[float, float]:     # Stop-loss, take-profit: prices
+    "Lowest and highest forecast quantile as prices, in the order of the side"
+    low = float(price * np.exp(quantiles[0]))
+    high = float(price * np.exp(quantiles[-1]))
+    return (low, high) if side > 0 else (high, low)

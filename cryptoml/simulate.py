@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['REGIMES', 'DURATION', 'VOLATILITY', 'DRIFT', 'SWITCH', 'TRANSITION', 'OCCUPANCY', 'TAIL', 'DRIVERS', 'NOISES',
-           'ONCHAIN', 'SHARED', 'COINS', 'ar1', 'markov', 'clustered', 'mixing', 'extremes', 'published',
-           'lead_lag_matrix', 'Market', 'shocks', 'drift_parts', 'activity', 'daily_onchain', 'funding_rates', 'coins',
-           'market_bars', 'long_frame', 'assemble', 'simulate']
+           'ONCHAIN', 'SHARED', 'CARRIERS', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'clustered', 'mixing',
+           'extremes', 'published', 'lead_lag_matrix', 'part_sums', 'regime_sum', 'Market', 'shocks', 'drift_parts',
+           'activity', 'bars_a_day', 'daily_onchain', 'funding_rates', 'coins', 'long_frame', 'market_bars', 'assemble',
+           'simulate']
 
 # %% ../nbs/01_simulate.ipynb #6118e0f7
 from dataclasses import dataclass
@@ -17,37 +18,51 @@ import pandas as pd
 from .data import parse_timeframe
 
 # %% ../nbs/01_simulate.ipynb #233ef6e2
+def decay(
+    half_life: float,  # Bars after which half of a deviation is left
+) -> float:            # What is left after one bar
+    "The coefficient of a first-order autoregression"
+    return 0.5 ** (1 / half_life)
+
 def ar1(
     white: np.ndarray,  # Independent standard normals [..., T]
     half_life: float,   # Bars after which half of a deviation is left
 ) -> np.ndarray:        # Stationary AR(1) of mean 0 and variance 1 [..., T]
     "First-order autoregression started from its stationary distribution"
-    phi = 0.5 ** (1 / half_life)
+    phi = decay(half_life)
     shocks = white * (np.sqrt(1 - phi ** 2) / (1 - phi))
     shocks[..., 0] = white[..., 0]
     rows = pd.DataFrame(shocks.reshape(-1, white.shape[-1]).T)
-    return rows.ewm(alpha=1 - phi, adjust=False).mean().to_numpy().T.reshape(white.shape)     # x = phi x + (1 - phi) shock
+    x = rows.ewm(alpha=1 - phi, adjust=False).mean()     # x = phi x + (1 - phi) shock
+    return x.to_numpy().T.reshape(white.shape)
 
 # %% ../nbs/01_simulate.ipynb #ad680b96
 REGIMES = ('BULL', 'BEAR', 'RANGING', 'HIGH_VOL')
 DURATION = np.array([96., 96., 120., 48.])       # mean bars in a regime
 VOLATILITY = np.array([1.0, 1.0, 0.7, 1.8])      # factor on every volatility
 DRIFT = np.array([0.05, -0.05, 0.0, 0.0])        # expected return in units of the coin's volatility, at signal 1
-SWITCH = np.array([[0., .25, .5, .25], [.25, 0., .5, .25], [.4, .4, 0., .2], [.35, .35, .3, 0.]])
+SWITCH = np.array([                              # where a regime goes when it ends
+    [0., .25, .5, .25],
+    [.25, 0., .5, .25],
+    [.4, .4, 0., .2],
+    [.35, .35, .3, 0.],
+])
 TRANSITION = np.diag(1 - 1 / DURATION) + SWITCH / DURATION[:, None]
 OCCUPANCY = np.linalg.matrix_power(TRANSITION, 100_000)[0]
 
 # %% ../nbs/01_simulate.ipynb #43248b77
 def markov(
-    uniform: np.ndarray,     # Uniform draws in [0, 1), one a step [T]
+    uniform: np.ndarray,     # Uniform draws in [0, 1), one a bar [T]
     transition: np.ndarray,  # Row-stochastic matrix [S, S]
     occupancy: np.ndarray,   # Distribution of the first state [S]
 ) -> np.ndarray:             # States [T], int64
     "Path of a Markov chain by inversion of each row's distribution function"
     rows = np.cumsum(transition, 1).tolist()
-    state, path = int(np.searchsorted(np.cumsum(occupancy)[:-1], uniform[0], 'right')), np.empty(len(uniform), np.int64)
+    last = len(occupancy) - 1
+    state = int(np.searchsorted(np.cumsum(occupancy)[:-1], uniform[0], 'right'))
+    path = np.empty(len(uniform), np.int64)
     for t, u in enumerate(uniform.tolist()):
-        if t: state = next((s for s, c in enumerate(rows[state]) if u < c), len(occupancy) - 1)
+        if t: state = next((s for s, c in enumerate(rows[state]) if u < c), last)
         path[t] = state
     return path
 
@@ -81,41 +96,67 @@ def extremes(
     pieces: int = 4,           # Pieces a bar is cut into
 ) -> tuple:                    # Log high and log low relative to the open [...], [...]
     "High and low of a Brownian bridge (Glasserman 2003, section 6.4)"
-    step = rng.standard_normal((pieces, *r.shape)) * (s / np.sqrt(pieces))
-    step += (r - step.sum(0)) / pieces                       # tie the free path down at r
-    start = np.cumsum(step, 0) - step
-    root = [np.sqrt(step ** 2 - 2 * s ** 2 / pieces * np.log(rng.uniform(1e-12, 1, step.shape))) for _ in range(2)]
-    return (start + (step + root[0]) / 2).max(0), (start + (step - root[1]) / 2).min(0)
+    d = rng.standard_normal((pieces, *r.shape)) * (s / np.sqrt(pieces))
+    d += (r - d.sum(0)) / pieces                       # tie the free path down at r
+    start = np.cumsum(d, 0) - d
+    q2 = 2 * s ** 2 / pieces
+    def root(): return np.sqrt(d ** 2 - q2 * np.log(rng.uniform(1e-12, 1, d.shape)))
+    high = start + (d + root()) / 2
+    low = start + (d - root()) / 2
+    return high.max(0), low.min(0)
 
 # %% ../nbs/01_simulate.ipynb #03ed7393
 DRIVERS = {'driver_1': (12, 0.078), 'driver_2': (18, 0.068), 'driver_3': (24, 0.058)}    # half-life in bars, weight
-NOISES = {'noise_1': 12, 'noise_2': 18, 'noise_3': 24, 'noise_4': 12, 'noise_5': 18}      # half-life in bars
-ONCHAIN = (120, 0.05)                                                                   # half-life in bars, weight
-SHARED = 0.3                                                                            # share of a column's variance common to all coins
+NOISES = {'noise_1': 12, 'noise_2': 18, 'noise_3': 24, 'noise_4': 12, 'noise_5': 18}     # half-life in bars
+ONCHAIN = (120, 0.05)                                                                    # half-life in bars, weight
+SHARED = 0.3                                                    # share of a column's variance common to all coins
+CARRIERS = DRIVERS | {'onchain': ONCHAIN}                       # the columns that carry return
 
 # %% ../nbs/01_simulate.ipynb #15909756
 def published(
     rng: np.random.Generator,  # Source of randomness
     half_life: float,          # Bars
     n: int,                    # Coins
-    steps: int,                # Bars
+    T: int,                    # Bars
 ) -> np.ndarray:               # One column for every coin [N, T], mean 0, variance 1
     "A persistent column, partly common to all coins"
-    common, own = rng.standard_normal(steps), rng.standard_normal((n, steps))
+    common = rng.standard_normal(T)
+    own = rng.standard_normal((n, T))
     return ar1(np.sqrt(SHARED) * common + np.sqrt(1 - SHARED) * own, half_life)
 
-
+# %% ../nbs/01_simulate.ipynb #21c04fc8
 def lead_lag_matrix(
     rng: np.random.Generator,  # Source of randomness
     n: int,                    # Coins
 ) -> np.ndarray:               # Effect of column j's own return on row i's next one, in volatilities [N, N]
     "Half of the coins follow one leader each, which follows nobody"
-    order, matrix = rng.permutation(n), np.zeros((n, n))
-    leaders, followers = order[:(n + 1) // 2], order[(n + 1) // 2:]
-    matrix[followers, rng.choice(leaders, len(followers))] = rng.uniform(0.12, 0.24, len(followers))
+    order = rng.permutation(n)
+    half = (n + 1) // 2
+    leaders = order[:half]
+    followers = order[half:]
+    effect = rng.uniform(0.12, 0.24, len(followers))
+    matrix = np.zeros((n, n))
+    matrix[followers, rng.choice(leaders, len(followers))] = effect
     return matrix
 
 # %% ../nbs/01_simulate.ipynb #12c7f471
+def part_sums(
+    h: int,        # Bars ahead
+) -> dict:         # By part of the drift but the regime
+    "Expected sum over `h` bars of a part that is 1 in the next bar"
+    total = {}
+    for name, (half_life, _) in CARRIERS.items():
+        phi = decay(half_life)
+        total[name] = (1 - phi ** h) / (1 - phi)
+    return total | {'lead_lag': 1.0, 'centre': h}
+
+def regime_sum(
+    h: int,         # Bars ahead
+) -> np.ndarray:    # In units of the coin's volatility, by today's regime [S]
+    "Expected sum over `h` bars of the regime's drift"
+    return sum(np.linalg.matrix_power(TRANSITION, k) @ DRIFT for k in range(h))
+
+# %% ../nbs/01_simulate.ipynb #1421c62b
 @dataclass
 class Market:
     "A simulated market with the truth behind it; rows are sorted by symbol and time"
@@ -123,7 +164,7 @@ class Market:
     extra: pd.DataFrame      # time, known (the bar's close), symbol, driver_1 .. driver_3, noise_1 .. noise_5
     onchain: pd.DataFrame    # Daily: time, known, asset, AdrActCnt, TxCnt, FlowInExNtv, FlowOutExNtv
     funding: pd.DataFrame    # Every 8 h: time, known, symbol, funding_rate
-    truth: pd.DataFrame      # Index (symbol, time): drift and sigma of the NEXT bar's log return, its regime, the parts of the drift
+    truth: pd.DataFrame      # Index (symbol, time): the NEXT bar's drift, sigma and regime, the parts of the drift
     lead_lag: pd.DataFrame   # Planted matrix, row follows column, in volatilities [N, N]
     cost: pd.Series          # Taker fee plus half spread of each symbol, fraction per side
     symbols: list            # Sorted
@@ -136,30 +177,47 @@ class Market:
         parts=None,  # Some of driver_1 .. driver_3, onchain, regime, lead_lag, centre; all when None
     ) -> pd.Series:  # By (symbol, time)
         "Expected log return over the `h` bars after each bar's close"
-        life = {k: v[0] for k, v in DRIVERS.items()} | {'onchain': ONCHAIN[0]}
-        weight = {k: (1 - p ** h) / (1 - p) for k, p in ((k, 0.5 ** (1 / v)) for k, v in life.items())} | {'lead_lag': 1.0, 'centre': h}
-        parts = [*weight, 'regime'] if parts is None else parts
-        if bad := set(parts) - {*weight, 'regime'}: raise ValueError(f'no part {sorted(bad)} in the drift: there are {", ".join([*weight, "regime"])}')
-        powers = sum(np.linalg.matrix_power(TRANSITION, k) @ DRIFT for k in range(h))
-        total = sum((self.truth[f'drift_{k}'] * weight[k] for k in parts if k != 'regime'), 0.0 * self.truth['drift'])
-        return total + (self.signal * self.truth['scale'] * powers[self.truth['regime']] if 'regime' in parts else 0.0)
+        weight = part_sums(h)
+        known = [*weight, 'regime']
+        if parts is None: parts = known
+        bad = set(parts) - set(known)
+        if bad: raise ValueError(f'no part {sorted(bad)} in the drift: there are {", ".join(known)}')
+        total = 0.0 * self.truth['drift']
+        for k in parts:
+            if k != 'regime': total = total + self.truth[f'drift_{k}'] * weight[k]
+        if 'regime' in parts:
+            total = total + self.signal * self.truth['scale'] * regime_sum(h)[self.truth['regime']]
+        return total
 
 # %% ../nbs/01_simulate.ipynb #b908dc1f
+FACTOR = 0.005     # long-run volatility of the market factor, a bar
+
 def shocks(
     rng: np.random.Generator,  # Source of randomness
     n: int,                    # Coins
     hour: np.ndarray,          # Hour of the day of bars 0 .. T [T + 1]
 ) -> dict:                     # Arrays by name; time axis T + 1
     "Regimes, volatilities and unexpected returns of all coins"
-    steps = len(hour)
-    regime = markov(rng.random(steps), TRANSITION, OCCUPANCY)
-    beta, own = rng.uniform(0.8, 1.4, n)[:, None], rng.uniform(0.004, 0.008, n)[:, None]
-    sigma_f = 0.005 * clustered(ar1(rng.standard_normal(steps), 72), 0.45, regime, hour)
-    sigma_e = own * clustered(ar1(rng.standard_normal((n, steps)), 36), 0.35, regime, hour)
-    s_f, s_e = sigma_f * np.sqrt(mixing(rng, steps)), sigma_e * np.sqrt(mixing(rng, (n, steps)))
-    f, e = s_f * rng.standard_normal(steps), s_e * rng.standard_normal((n, steps))
-    return dict(regime=regime, scale=np.hypot(beta * 0.005, own), sigma=np.hypot(beta * sigma_f, sigma_e),
-                s=np.hypot(beta * s_f, s_e), e=e, shock=beta * f + e)
+    bars = len(hour)
+    regime = markov(rng.random(bars), TRANSITION, OCCUPANCY)
+    beta = rng.uniform(0.8, 1.4, n)[:, None]
+    own = rng.uniform(0.004, 0.008, n)[:, None]
+    slow_f = ar1(rng.standard_normal(bars), 72)
+    slow_e = ar1(rng.standard_normal((n, bars)), 36)
+    sigma_f = FACTOR * clustered(slow_f, 0.45, regime, hour)
+    sigma_e = own * clustered(slow_e, 0.35, regime, hour)
+    s_f = sigma_f * np.sqrt(mixing(rng, bars))
+    s_e = sigma_e * np.sqrt(mixing(rng, (n, bars)))
+    f = s_f * rng.standard_normal(bars)
+    e = s_e * rng.standard_normal((n, bars))
+    return dict(
+        regime=regime,                             # state of each bar
+        scale=np.hypot(beta * FACTOR, own),        # long-run volatility of the coin [N, 1]
+        sigma=np.hypot(beta * sigma_f, sigma_e),   # volatility of the bar's return [N, T + 1]
+        s=np.hypot(beta * s_f, s_e),               # the same given the variance mixture: the bar is Gaussian
+        e=e,                                       # the coin's own part of the shock
+        shock=beta * f + e,
+    )
 
 # %% ../nbs/01_simulate.ipynb #a2c7fe62
 def drift_parts(
@@ -168,13 +226,14 @@ def drift_parts(
     matrix: np.ndarray,    # Lead-lag [N, N]
     signal: float,         # Strength of everything that can be forecast
 ) -> dict:                 # Parts of the expected log return of bar k given what is known when it opens [N, T + 1]
-    "Expected return of every bar by its source"
-    scale, parts = world['scale'], {}
-    for name, (_, weight) in {**DRIVERS, 'onchain': ONCHAIN}.items():
-        parts[name] = signal * scale * weight * columns[name]
+    "Expected return of every bar by what carries it"
+    scale = world['scale']
+    shape = columns['onchain'].shape
+    parts = {name: signal * scale * weight * columns[name] for name, (_, weight) in CARRIERS.items()}
     parts['regime'] = signal * scale * DRIFT[world['regime']]
-    parts['centre'] = np.broadcast_to(-sum(parts.values())[:, :-1].mean(1, keepdims=True), columns['onchain'].shape)
-    parts['lead_lag'] = np.zeros_like(columns['onchain'])
+    mean = sum(parts.values())[:, :-1].mean(1, keepdims=True)
+    parts['centre'] = np.broadcast_to(-mean, shape)
+    parts['lead_lag'] = np.zeros(shape)
     parts['lead_lag'][:, 1:] = signal * scale * (matrix @ (world['e'] / scale))[:, :-1]
     return parts
 
@@ -187,13 +246,22 @@ def activity(
 ) -> tuple:                    # Quote volume, number of trades, taker share [N, T] each
     "Turnover in quote currency, trades and the share of volume that takers bought"
     n = len(z)
-    size, ticket = np.exp(rng.normal(16, 1, (n, 1))), np.exp(rng.normal(6, 0.5, (n, 1)))
-    turnover = size * level * (0.4 + np.abs(z)) ** 0.5 * np.exp(0.35 * ar1(rng.standard_normal(z.shape), 8))
-    trades = 1 + rng.poisson(turnover / ticket * np.exp(0.1 * rng.standard_normal(z.shape)))
+    size = np.exp(rng.normal(16, 1, (n, 1)))
+    ticket = np.exp(rng.normal(6, 0.5, (n, 1)))
+    mood = np.exp(0.35 * ar1(rng.standard_normal(z.shape), 8))
+    turnover = size * level * (0.4 + np.abs(z)) ** 0.5 * mood
+    expected = turnover / ticket * np.exp(0.1 * rng.standard_normal(z.shape))
+    trades = 1 + rng.poisson(expected)
     share = 0.5 + 0.03 * flow + 0.02 * np.clip(z, -3, 3) + 0.02 * rng.standard_normal(z.shape)
     return turnover, trades, np.clip(share, 0.05, 0.95)
 
 # %% ../nbs/01_simulate.ipynb #12c3bebf
+def bars_a_day(
+    time: pd.DatetimeIndex,  # Opens of the bars [T]
+) -> int:                    # 1 where a single bar does not tell
+    "How many bars make a day"
+    return pd.Timedelta(1, 'D') // (time[1] - time[0]) if len(time) > 1 else 1
+
 def daily_onchain(
     rng: np.random.Generator,   # Source of randomness
     time: pd.DatetimeIndex,     # Opens of the bars [T]
@@ -202,19 +270,25 @@ def daily_onchain(
 ) -> pd.DataFrame:              # One row a day and asset, complete days only
     "On-chain metrics by day with the time at which they were known"
     days, counts = np.unique(time.floor('D'), return_counts=True)
-    step = pd.Timedelta(1, 'D') // (time[1] - time[0]) if len(time) > 1 else 1
-    mean = pd.DataFrame(state.T, time.floor('D')).groupby(level=0).mean().loc[days[counts == step]]
+    complete = days[counts == bars_a_day(time)]
+    mean = pd.DataFrame(state.T, time.floor('D')).groupby(level=0).mean().loc[complete]
     frames = []
     for i, asset in enumerate(assets):
-        x, level = mean[i].to_numpy(), np.exp(rng.normal(12, 1))
-        a, b, c, d = rng.standard_normal((4, len(x)))
+        x = mean[i].to_numpy()
+        level = np.exp(rng.normal(12, 1))
+        active, transactions, inflow, outflow = rng.standard_normal((4, len(x)))
         frames.append(pd.DataFrame(dict(
-            time=mean.index, known=mean.index + pd.Timedelta(36, 'h'), asset=asset,
-            AdrActCnt=level * np.exp(0.2 * x + 0.05 * a), TxCnt=0.4 * level * np.exp(0.2 * b),
-            FlowInExNtv=level * np.exp(-0.1 * x + 0.2 * c), FlowOutExNtv=level * np.exp(0.1 * x + 0.2 * d))))
+            time=mean.index,
+            known=mean.index + pd.Timedelta(36, 'h'),
+            asset=asset,
+            AdrActCnt=level * np.exp(0.2 * x + 0.05 * active),
+            TxCnt=0.4 * level * np.exp(0.2 * transactions),
+            FlowInExNtv=level * np.exp(-0.1 * x + 0.2 * inflow),
+            FlowOutExNtv=level * np.exp(0.1 * x + 0.2 * outflow),
+        )))
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../nbs/01_simulate.ipynb #30da0cc6
 def funding_rates(
     rng: np.random.Generator,   # Source of randomness
     time: pd.DatetimeIndex,     # Opens of the bars [T]
@@ -223,13 +297,25 @@ def funding_rates(
 ) -> pd.DataFrame:              # time, known, symbol, funding_rate (fraction per 8 h)
     "Funding at 00, 08 and 16 h from the return of the past 24 h"
     at = np.flatnonzero((time == time.floor('8h')) & (time >= time[0] + pd.Timedelta(1, 'D')))
-    past = pd.Timedelta(1, 'D') // (time[1] - time[0]) if len(time) > 1 else 1
-    rate = 1e-4 + 0.005 * (close[:, at - 1] - close[:, np.maximum(at - 1 - past, 0)]) + 5e-5 * rng.standard_normal((len(symbols), len(at)))
-    return pd.DataFrame(dict(time=np.tile(time[at], len(symbols)), known=np.tile(time[at], len(symbols)),
-                             symbol=np.repeat(symbols, len(at)), funding_rate=rate.ravel()))
+    newest = at - 1
+    day_before = np.maximum(newest - bars_a_day(time), 0)
+    noise = rng.standard_normal((len(symbols), len(at)))
+    rate = 1e-4 + 0.005 * (close[:, newest] - close[:, day_before]) + 5e-5 * noise
+    when = np.tile(time[at], len(symbols))
+    symbol = np.repeat(symbols, len(at))
+    return pd.DataFrame(dict(time=when, known=when, symbol=symbol, funding_rate=rate.ravel()))
 
 # %% ../nbs/01_simulate.ipynb #7fb9e619
-COINS = {'BTC': 3e4, 'ETH': 2e3, 'SHIB': 1e-5, 'XRP': 0.5, 'SOL': 100., 'BNB': 300., 'DOGE': 0.08, 'ADA': 0.4}    # first open
+COINS = {     # first open
+    'BTC': 3e4,
+    'ETH': 2e3,
+    'SHIB': 1e-5,
+    'XRP': 0.5,
+    'SOL': 100.,
+    'BNB': 300.,
+    'DOGE': 0.08,
+    'ADA': 0.4,
+}
 
 def coins(
     n: int,    # How many
@@ -239,7 +325,19 @@ def coins(
     first = dict(list({**COINS, **more}.items())[:n])
     return {f'{k}/USDT': first[k] for k in sorted(first)}
 
-# %% ../nbs/01_simulate.ipynb #c3a4e01e
+# %% ../nbs/01_simulate.ipynb #e0fa726b
+def long_frame(
+    time: pd.DatetimeIndex,  # Opens of the bars [T]
+    symbols: list,           # Symbols [N]
+    **arrays,                # Columns [N, T]
+) -> pd.DataFrame:           # time, symbol and the columns; N * T rows by symbol and time
+    "Long frame from arrays"
+    shape = (len(symbols), len(time))
+    index = dict(time=time.append([time] * (len(symbols) - 1)), symbol=np.repeat(symbols, len(time)))
+    columns = {k: np.broadcast_to(v, shape).ravel() for k, v in arrays.items()}
+    return pd.DataFrame(index | columns)
+
+# %% ../nbs/01_simulate.ipynb #de6c1786
 def market_bars(
     rng: np.random.Generator,   # Source of randomness
     time: pd.DatetimeIndex,     # Opens of the bars [T]
@@ -249,28 +347,27 @@ def market_bars(
     flow: np.ndarray,           # Order flow at each bar's close [N, T]
 ) -> pd.DataFrame:              # Market frame
     "Bars that open where the last one closed"
+    level = np.array(list(first.values()))[:, None]
     log_close = np.cumsum(r, 1)
     log_open = np.concatenate([np.zeros((len(r), 1)), log_close[:, :-1]], 1)
-    high, low = extremes(r, world['s'], rng)
-    price = lambda x: np.array(list(first.values()))[:, None] * np.exp(x)
-    o, c = price(log_open), price(log_close)
-    h, l = np.maximum(price(log_open + high), np.maximum(o, c)), np.minimum(price(log_open + low), np.minimum(o, c))
-    turnover, trades, share = activity(rng, world['shock'] / world['scale'], world['sigma'] / world['scale'], flow)
+    log_high, log_low = extremes(r, world['s'], rng)     # over the open
+    o = level * np.exp(log_open)
+    c = level * np.exp(log_close)
+    h = np.maximum(level * np.exp(log_open + log_high), np.maximum(o, c))
+    l = np.minimum(level * np.exp(log_open + log_low), np.minimum(o, c))
+    z = world['shock'] / world['scale']
+    turnover, trades, share = activity(rng, z, world['sigma'] / world['scale'], flow)
     volume = turnover / ((o + h + l + c) / 4)
-    arrays = dict(open=o, high=h, low=l, close=c, volume=volume, quote_volume=turnover, trades=trades.astype(float), taker_buy_volume=share * volume)
-    return long_frame(time, list(first), **arrays)
+    return long_frame(
+        time, list(first),
+        open=o, high=h, low=l, close=c,
+        volume=volume,
+        quote_volume=turnover,
+        trades=trades.astype(float),
+        taker_buy_volume=share * volume,
+    )
 
-
-def long_frame(
-    time: pd.DatetimeIndex,  # Opens of the bars [T]
-    symbols: list,           # Symbols [N]
-    **arrays,                # Columns [N, T]
-) -> pd.DataFrame:           # time, symbol and the columns; N * T rows by symbol and time
-    "Long frame from arrays"
-    index = dict(time=time.append([time] * (len(symbols) - 1)), symbol=np.repeat(symbols, len(time)))
-    return pd.DataFrame({**index, **{k: np.broadcast_to(v, (len(symbols), len(time))).ravel() for k, v in arrays.items()}})
-
-# %% ../nbs/01_simulate.ipynb #e0fa726b
+# %% ../nbs/01_simulate.ipynb #5bfdc1f9
 def assemble(
     rng: np.random.Generator,   # Source of randomness
     time: pd.DatetimeIndex,     # Opens of the bars [T]
@@ -282,38 +379,51 @@ def assemble(
     signal: float,              # Strength the parts were made with
 ) -> Market:                    # Frames of all sources
     "Frames of a market from its arrays; what is known at the close of bar t is state t + 1"
-    symbols, now = list(first), {k: v if k == 'scale' else v[..., :-1] for k, v in world.items()}
+    symbols = list(first)
+    assets = [s.split('/')[0].lower() for s in symbols]
+    timeframe = time[1] - time[0]
+    during = {k: v if k == 'scale' else v[..., :-1] for k, v in world.items()}
+    after = {k: v[:, 1:] for k, v in columns.items()}
     drift = sum(parts.values())
-    bars = market_bars(rng, time, first, drift[:, :-1] + now['shock'], now, columns['driver_1'][:, 1:])
-    close = np.log(bars['close'].to_numpy().reshape(len(symbols), -1))
-    extra = long_frame(time, symbols, **{k: columns[k][:, 1:] for k in (*DRIVERS, *NOISES)})
-    extra.insert(1, 'known', extra['time'] + (time[1] - time[0]))
-    truth = long_frame(time, symbols, drift=drift[:, 1:], sigma=world['sigma'][:, 1:], regime=world['regime'][1:], scale=world['scale'],
-                       **{f'drift_{k}': v[:, 1:] for k, v in parts.items()}).set_index(['symbol', 'time'])
-    onchain = daily_onchain(rng, time, [s.split('/')[0].lower() for s in symbols], columns['onchain'][:, 1:])
+    bars = market_bars(rng, time, first, drift[:, :-1] + during['shock'], during, after['driver_1'])
+    log_close = np.log(bars['close'].to_numpy().reshape(len(symbols), -1))
+    extra = long_frame(time, symbols, **{k: after[k] for k in (*DRIVERS, *NOISES)})
+    extra.insert(1, 'known', extra['time'] + timeframe)
+    truth = long_frame(
+        time, symbols,
+        drift=drift[:, 1:], sigma=world['sigma'][:, 1:], regime=world['regime'][1:], scale=world['scale'],
+        **{f'drift_{k}': v[:, 1:] for k, v in parts.items()},
+    )
+    onchain = daily_onchain(rng, time, assets, after['onchain'])
     cost = pd.Series(5e-4 + rng.uniform(0.5e-4, 3e-4, len(symbols)), symbols, name='cost')
-    return Market(bars, extra, onchain, funding_rates(rng, time, symbols, close), truth,
-                  pd.DataFrame(matrix, symbols, symbols), cost, symbols, time[1] - time[0], signal)
+    funding = funding_rates(rng, time, symbols, log_close)
+    lead_lag = pd.DataFrame(matrix, symbols, symbols)
+    truth = truth.set_index(['symbol', 'time'])
+    return Market(bars, extra, onchain, funding, truth, lead_lag, cost, symbols, timeframe, signal)
 
-# %% ../nbs/01_simulate.ipynb #ff83bbbb
+# %% ../nbs/01_simulate.ipynb #433be7f9
 def simulate(
     n_symbols: int = 8,          # Coins
     n_bars: int = 24 * 365,      # Bars of each coin
-    signal: float = 1.0,         # 0: log returns cannot be forecast; 1: the oracle is right about 60 % of the time at 4 bars
+    signal: float = 1.0,         # 0: log returns cannot be forecast; 1: the oracle is right in about 60 % at 4 bars
     seed: int = 0,               # Same seed, same noise, whatever the signal
     start: str = '2022-01-01',   # Open of the first bar, UTC
     timeframe: str = '1h',       # Length of a bar; must divide a day
 ) -> Market:                     # Bars, sources and truth
     "A market with planted truth"
-    tf = parse_timeframe(timeframe)
-    if n_symbols < 1 or n_bars < 2: raise ValueError(f'a market needs at least 1 symbol and 2 bars, got {n_symbols} and {n_bars}')
-    if not 0 <= signal < np.inf: raise ValueError(f'signal must be 0 (noise) or a positive strength, got {signal}')
-    if tf <= pd.Timedelta(0) or pd.Timedelta(1, 'D') % tf: raise ValueError(f'timeframe must divide a day, got {timeframe}')
-    rng, first = np.random.default_rng(seed), coins(n_symbols)
-    time = pd.date_range(start, periods=n_bars + 1, freq=tf, tz='UTC', unit='us')
-    world = shocks(rng, n_symbols, ((time - time.floor('D')) / pd.Timedelta(1, 'h')).to_numpy())
+    length = parse_timeframe(timeframe)
+    for wrong, sentence in (
+        (n_symbols < 1 or n_bars < 2, f'a market needs at least 1 symbol and 2 bars, got {n_symbols} and {n_bars}'),
+        (not 0 <= signal < np.inf, f'signal must be 0 (noise) or a positive strength, got {signal}'),
+        (pd.Timedelta(1, 'D') % length, f'timeframe must divide a day, got {timeframe}'),
+    ):
+        if wrong: raise ValueError(sentence)
+    rng = np.random.default_rng(seed)
+    time = pd.date_range(start, periods=n_bars + 1, freq=length, tz='UTC', unit='us')
+    hour = (time - time.floor('D')) / pd.Timedelta(1, 'h')
+    world = shocks(rng, n_symbols, hour.to_numpy())
     lives = {k: v[0] for k, v in DRIVERS.items()} | NOISES | {'onchain': ONCHAIN[0]}
-    columns = {k: published(rng, v, n_symbols, n_bars + 1) for k, v in lives.items()}
+    columns = {k: published(rng, life, n_symbols, n_bars + 1) for k, life in lives.items()}
     matrix = lead_lag_matrix(rng, n_symbols)
     parts = drift_parts(world, columns, matrix, signal)
-    return assemble(rng, time[:-1], first, world, columns, matrix, parts, signal)
+    return assemble(rng, time[:-1], coins(n_symbols), world, columns, matrix, parts, signal)

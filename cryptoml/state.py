@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'LIMIT', 'StateError', 'replace_file', 'write_json', 'read_
            'generations', 'save', 'load']
 
 # %% ../nbs/03_state.ipynb #afdd9990
-import contextlib, hashlib, json, math, os, re, shutil, stat, threading, time, warnings
+import contextlib, errno, hashlib, json, math, os, re, shutil, stat, threading, time, warnings
 from pathlib import Path
 
 import safetensors.torch
@@ -34,7 +34,9 @@ def _sync_folder(
 
 def _write_synced(path: Path, data: bytes):
     with open(path, 'wb') as f:
-        f.write(data); f.flush(); os.fsync(f.fileno())
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
 
 def replace_file(
     path,         # File to write; its folder is made if need be
@@ -64,12 +66,14 @@ def _plain(x):
     if isinstance(x, Path): return str(x)
     raise StateError(f'cannot write {type(x).__name__} as JSON: {str(x)[:60]!r}')
 
+# %% ../nbs/03_state.ipynb #f480945d
 def write_json(
     path,  # File to write, atomically
     obj,   # Dicts, lists, strings, numbers (numpy's too), times; NaN and infinity become null
 ):
     "Write JSON: the old file or the new one is there, never half of one"
-    replace_file(path, (json.dumps(_plain(obj), indent=1, ensure_ascii=False) + '\n').encode())
+    text = json.dumps(_plain(obj), indent=1, ensure_ascii=False)
+    replace_file(path, (text + '\n').encode())
 
 def read_json(
     path,  # File written by `write_json`, or any JSON
@@ -88,6 +92,25 @@ def _try_lock(f):
         f.seek(1 << 30)   # Windows locks bytes and hides them from readers: take one far behind the text
         msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
 
+def _wait_for_lock(
+    f,            # Open file
+    root: Path,   # Its folder, for the message
+    wait: float,  # Seconds
+):
+    "Lock an open file as soon as its holder lets go"
+    end = time.monotonic() + wait
+    while True:
+        try: return _try_lock(f)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                f.seek(0)
+                owner = f.read(20).decode()
+                raise StateError(f'{root} is in use by process {owner}: wait for it, or use another folder') from None
+        except OSError as e:
+            raise StateError(f'cannot lock {root}: {e.strerror}; use a local disk') from e
+        time.sleep(0.02)
+
+# %% ../nbs/03_state.ipynb #584c36c1
 @contextlib.contextmanager
 def lock(
     root,               # Folder to own, made if need be
@@ -95,24 +118,34 @@ def lock(
     name: str = 'LOCK', # File in it that is locked: owners for different purposes do not exclude each other
 ):
     "Own a folder until the block ends or the process dies; gives the locked file, for a child that is to keep the lock"
-    root, end = Path(root), time.monotonic() + wait
+    root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         f = open(root/name, 'a+b', buffering=0)
-    except OSError as e: raise StateError(f'cannot write in {root}: {e.strerror}') from e
+    except OSError as e:
+        raise StateError(f'cannot write in {root}: {e.strerror}') from e
     with f:
-        while True:
-            try: _try_lock(f); break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() > end:
-                    f.seek(0)
-                    raise StateError(f'{root} is in use by process {f.read(20).decode()}: wait for it, or use another folder') from None
-                time.sleep(0.02)
-            except OSError as e: raise StateError(f'cannot lock {root}: {e.strerror}; use a local disk') from e
-        with contextlib.suppress(OSError): f.truncate(0); f.write(str(os.getpid()).encode())   # on a full disk the owner has no name
+        _wait_for_lock(f, root, wait)
+        with contextlib.suppress(OSError):   # on a full disk the owner has no name
+            f.truncate(0)
+            f.write(str(os.getpid()).encode())
         yield f
 
 # %% ../nbs/03_state.ipynb #67a3182b
+_BLOCK = 64 << 10   # Bytes that are read at a time
+
+def _end_of_lines(f) -> int:
+    "Where the last whole line of an open file ends"
+    end = f.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        f.seek(start)
+        newline = f.read(end - start).rfind(b'\n')
+        if newline >= 0: return start + newline + 1
+        end = start
+    return 0
+
+# %% ../nbs/03_state.ipynb #04d31703
 def append_line(
     path,  # JSON lines file; made if need be
     obj,   # One record, as for `write_json`
@@ -123,18 +156,16 @@ def append_line(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b', buffering=0) as f:
             if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
-            end = whole = f.seek(0, os.SEEK_END)
-            while whole:
-                start = max(0, whole - 65536)
-                f.seek(start)
-                if (at := f.read(whole - start).rfind(b'\n')) >= 0: whole = start + at + 1; break
-                whole = start
-            if whole < end: f.truncate(whole)
+            whole = _end_of_lines(f)
+            if whole < f.seek(0, os.SEEK_END): f.truncate(whole)
             try:
-                if f.write(line) != len(line): raise OSError(28, 'no space left')
+                if f.write(line) != len(line): raise OSError(errno.ENOSPC, 'no space left')
                 os.fsync(f.fileno())
-            except OSError: f.truncate(whole); raise
-    except OSError as e: raise StateError(f'cannot append to {path}: {e.strerror}; its lines so far are unchanged') from e
+            except OSError:
+                f.truncate(whole)
+                raise
+    except OSError as e:
+        raise StateError(f'cannot append to {path}: {e.strerror}; its lines so far are unchanged') from e
 
 def read_lines(
     path,       # JSON lines file; one that does not exist has no lines
@@ -145,7 +176,8 @@ def read_lines(
     except OSError as e: raise StateError(f'cannot read {path}: {e.strerror}') from e
     def parse(i, line):
         try: return json.loads(line)
-        except (ValueError, RecursionError) as e: raise StateError(f'line {i} of {path} is not JSON: {str(e)[:80]}') from e
+        except (ValueError, RecursionError) as e:
+            raise StateError(f'line {i} of {path} is not JSON: {str(e)[:80]}') from e
     return [parse(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../nbs/03_state.ipynb #6f74d11f
@@ -159,6 +191,12 @@ def _digest(manifest: dict) -> str:
     body = {k: v for k, v in manifest.items() if k != 'sha256'}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/03_state.ipynb #08f9fa8a
+def _to_bytes(part: dict[str, Tensor]) -> bytes:
+    "One safetensors file; views and tied weights become tensors of their own"
+    own = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in part.items()}
+    return safetensors.torch.save(own)
+
 def _write_generation(
     folder: Path,   # New folder
     tensors: dict,  # File name (without its ending) to name to tensor
@@ -166,8 +204,8 @@ def _write_generation(
 ):
     folder.mkdir()
     files = {}
-    for name, group in tensors.items():
-        data = safetensors.torch.save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()})
+    for name, part in tensors.items():
+        data = _to_bytes(part)
         _write_synced(folder/f'{name}.safetensors', data)
         files[f'{name}.safetensors'] = dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     manifest = dict(schema=SCHEMA, files=files, content=_plain(content))
@@ -176,20 +214,40 @@ def _write_generation(
     _sync_folder(folder)
 
 # %% ../nbs/03_state.ipynb #b23fb794
+def _number(name: str) -> int:
+    "The number of a generation by its folder's name"
+    return int(name.removeprefix('gen-'))
+
 def generations(
     root,           # Folder of `save`
 ) -> list[Path]:    # Folders of its generations, oldest first
     "Every complete folder of a state; whether it is undamaged only `load` tells"
-    try: return sorted((p for p in Path(root).iterdir() if _GENERATION.fullmatch(p.name)), key=lambda p: int(p.name[4:]))
+    try: folders = [p for p in Path(root).iterdir() if _GENERATION.fullmatch(p.name)]
     except (FileNotFoundError, NotADirectoryError): return []
     except OSError as e: raise StateError(f'cannot read {root}: {e.strerror}') from e
+    return sorted(folders, key=lambda p: _number(p.name))
 
-def _check_names(tensors):
-    if bad := [n for n in tensors if not _FILE.fullmatch(f'{n}.safetensors')]:
-        raise StateError(f'{bad} cannot be file names: use letters, digits, - and _')
-    if bad := [f'{n}/{k}' for n, group in tensors.items() for k, v in group.items() if not isinstance(v, Tensor)]:
-        raise StateError(f'{len(bad)} values are not tensors, first {bad[0]}: put them into the manifest')
+# %% ../nbs/03_state.ipynb #f1937f24
+def _check_parts(tensors: dict):
+    "Raise StateError where a name can be no file, or a value is no tensor"
+    bad = [n for n in tensors if not _FILE.fullmatch(f'{n}.safetensors')]
+    if bad: raise StateError(f'{bad} cannot be file names: use letters, digits, - and _')
+    bad = [f'{n}/{k}' for n, part in tensors.items() for k, v in part.items() if not isinstance(v, Tensor)]
+    if bad: raise StateError(f'{len(bad)} values are not tensors, first {bad[0]}: put them into the manifest')
 
+def _sweep(root: Path):
+    "Remove what a killed process left"
+    for p in root.glob('.gen-*'): shutil.rmtree(p, ignore_errors=True)
+    for p in root.glob('.CURRENT.*'): p.unlink(missing_ok=True)
+
+def _remove(generation: Path):
+    "Remove a generation, renamed first: one that is half removed never has a generation's name"
+    hidden = generation.with_name(f'.{generation.name}')
+    with contextlib.suppress(OSError):
+        os.rename(generation, hidden)
+        shutil.rmtree(hidden)
+
+# %% ../nbs/03_state.ipynb #1e621c03
 def save(
     root,                                 # Folder of the state
     tensors: dict[str, dict[str, Tensor]],# File name to name to tensor (a `state_dict`), any device
@@ -198,22 +256,23 @@ def save(
 ) -> Path:                                # Folder of the new generation
     "Write the next generation and make it the live one; on StateError the previous one stays live"
     root = Path(root)
-    _check_names(tensors)
+    _check_parts(tensors)
     with lock(root):
         old = generations(root)
-        new = root/f'gen-{int(old[-1].name[4:]) + 1 if old else 1:06d}'
-        for p in root.glob('.gen-*'): shutil.rmtree(p, ignore_errors=True)    # left by a killed process
-        for p in root.glob('.CURRENT.*'): p.unlink(missing_ok=True)
+        last = _number(old[-1].name) if old else 0
+        new = root/f'gen-{last + 1:06d}'
         temp = root/f'.{new.name}'
+        _sweep(root)
         try:
             _write_generation(temp, tensors, manifest)
             os.rename(temp, new)
             _sync_folder(root)
-        except OSError as e: raise StateError(f'cannot save in {root}: {e.strerror}; the previous generation is unchanged') from e
+        except OSError as e:
+            raise StateError(f'cannot save in {root}: {e.strerror}; the previous generation is unchanged') from e
         finally: shutil.rmtree(temp, ignore_errors=True)
         replace_file(root/'CURRENT', new.name.encode() + b'\n')
-        for p in old[:max(0, len(old) + 1 - max(1, keep))]:   # renamed first: a half-removed generation never has a generation's name
-            with contextlib.suppress(OSError): os.rename(p, root/f'.{p.name}'); shutil.rmtree(root/f'.{p.name}')
+        surplus = len(old) + 1 - max(1, keep)
+        for p in old[:max(0, surplus)]: _remove(p)
     return new
 
 # %% ../nbs/03_state.ipynb #11b9e8f2
@@ -228,28 +287,46 @@ def _read_file(folder: Path, name: str, size: int) -> bytes:
         with open(folder/name, 'rb') as f: return f.read(size)
     except OSError as e: raise StateError(f'{name}: {e.strerror}') from e
 
+# %% ../nbs/03_state.ipynb #3b9566c1
+_MANIFEST_LIMIT = 64 << 20   # Bytes
+
 def _read_manifest(folder: Path) -> dict:
     "The manifest, if it is whole and in a layout this version reads"
     if folder.is_symlink(): raise StateError('is a link')
     try:
-        manifest = json.loads(_read_file(folder, 'manifest.json', 64 << 20))
+        manifest = json.loads(_read_file(folder, 'manifest.json', _MANIFEST_LIMIT))
         if not isinstance(manifest, dict): raise ValueError('not an object')
-        schema, whole = manifest.get('schema'), manifest.get('sha256') == _digest(manifest)
-    except (ValueError, RecursionError) as e: raise StateError(f'manifest.json is not a manifest: {str(e)[:80]}') from e
+        schema = manifest.get('schema')
+        whole = manifest.get('sha256') == _digest(manifest)
+    except (ValueError, RecursionError) as e:
+        raise StateError(f'manifest.json is not a manifest: {str(e)[:80]}') from e
     if schema != SCHEMA:
-        raise (_Schema if whole else StateError)(f'manifest.json has schema {schema!r}, this version reads {SCHEMA}: read it with the version that wrote it, or train again')
+        kind = _Schema if whole else StateError
+        raise kind(
+            f'manifest.json has schema {schema!r}, this version reads {SCHEMA}: '
+            'read it with the version that wrote it, or train again')
     if not whole: raise StateError('manifest.json does not fit its own digest: changed or damaged')
     return manifest
 
+# %% ../nbs/03_state.ipynb #9df33119
+def _read_checked(folder: Path, name: str, info: dict) -> bytes:
+    "A file that the manifest names, after its name, size and digest were checked"
+    size = info['size']
+    if not _FILE.fullmatch(name):
+        raise StateError(f'manifest.json names {name[:80]!r}, which is no file of a generation')
+    if size > LIMIT: raise StateError(f'{name} has {size:,} bytes, the limit is {LIMIT:,}')
+    data = _read_file(folder, name, size)
+    if len(data) != size: raise StateError(f'{name} has {len(data):,} bytes of {size:,}: truncated')
+    if hashlib.sha256(data).hexdigest() != info['sha256']:
+        raise StateError(f'{name} does not fit its digest: changed or damaged')
+    return data
+
 def _read_tensors(folder: Path, name: str, info: dict) -> dict[str, Tensor]:
-    "The tensors of one file, after its name, size and digest were checked"
-    if not _FILE.fullmatch(name): raise StateError(f'manifest.json names {name[:80]!r}, which is no file of a generation')
-    if info['size'] > LIMIT: raise StateError(f"{name} has {info['size']:,} bytes, the limit is {LIMIT:,}")
-    data = _read_file(folder, name, info['size'])
-    if len(data) != info['size']: raise StateError(f"{name} has {len(data):,} bytes of {info['size']:,}: truncated")
-    if hashlib.sha256(data).hexdigest() != info['sha256']: raise StateError(f'{name} does not fit its digest: changed or damaged')
+    "The tensors of one file that the manifest names"
+    data = _read_checked(folder, name, info)
     header = int.from_bytes(data[:8], 'little')
-    if not 0 < header <= len(data) - 8: raise StateError(f'{name} has a header of {header:,} bytes in a file of {len(data):,}')
+    if not 0 < header <= len(data) - 8:
+        raise StateError(f'{name} has a header of {header:,} bytes in a file of {len(data):,}')
     try: return safetensors.torch.load(data)
     except Exception as e: raise StateError(f'{name} is not safetensors: {str(e)[:80]}') from e
 
@@ -257,29 +334,43 @@ def _read_tensors(folder: Path, name: str, info: dict) -> dict[str, Tensor]:
 def _read_generation(folder: Path):
     "Tensors and content of one generation, all of it or StateError"
     manifest = _read_manifest(folder)
-    try: return {n.removesuffix('.safetensors'): _read_tensors(folder, n, i) for n, i in manifest['files'].items()}, manifest['content']
-    except (KeyError, TypeError, AttributeError) as e: raise StateError(f'manifest.json is malformed: {e!r}') from e
+    tensors = {}
+    try:
+        for name, info in manifest['files'].items():
+            tensors[name.removesuffix('.safetensors')] = _read_tensors(folder, name, info)
+        return tensors, manifest['content']
+    except (KeyError, TypeError, AttributeError) as e:
+        raise StateError(f'manifest.json is malformed: {e!r}') from e
 
-def _candidates(root: Path, failed: dict) -> list[str]:
-    "Names of the generations not tried yet, best last: the newest, and after it the live one"
+def _candidates(
+    root: Path,    # Folder of `save`
+    failed: dict,  # By name, those that were tried
+) -> list[str]:    # Best last: the newest, and after it the live one
+    "Names of the generations not tried yet"
     names = {p.name for p in generations(root)}
     try: live = _read_file(root, 'CURRENT', 64).decode(errors='replace').strip()
     except StateError: live = ''
     if _GENERATION.fullmatch(live): names.add(live)   # read after the listing, so that a reader cannot miss it
-    return sorted(names - failed.keys(), key=lambda n: (n == live, int(n[4:])))
+    return sorted(names - failed.keys(), key=lambda name: (name == live, _number(name)))
 
+# %% ../nbs/03_state.ipynb #06793c38
 def load(
     root,       # Folder of `save`
 ) -> tuple[dict[str, dict[str, Tensor]], dict]:  # Tensors by file and name, on the CPU; and the manifest's content
     "Read the live generation, digests verified; falls back to the newest whole one with a warning"
-    root, failed = Path(root), {}
+    root = Path(root)
+    failed = {}
     while todo := _candidates(root, failed):
-        try: found = _read_generation(root/todo[-1])
-        except _Schema as e: raise StateError(f'{root/todo[-1]}: {e}') from None
-        except StateError as e: failed[todo[-1]] = str(e)
-        else:
-            there = set(_candidates(root, {}))        # without those that a saver has pruned meanwhile
-            damaged = [f'{g}: {why}' for g, why in failed.items() if g in there]
-            if damaged: warnings.warn(f"{root} is damaged, {todo[-1]} was loaded instead ({'; '.join(damaged)})", stacklevel=2)
-            return found
-    raise StateError(f"no whole generation in {root}: {'; '.join(f'{g}: {why}' for g, why in failed.items()) or 'nothing was saved there'}")
+        name = todo[-1]
+        try: found = _read_generation(root/name)
+        except _Schema as e: raise StateError(f'{root/name}: {e}') from None
+        except StateError as e:
+            failed[name] = str(e)
+            continue
+        there = set(_candidates(root, {}))            # without those that a saver has pruned meanwhile
+        damaged = [f'{other}: {why}' for other, why in failed.items() if other in there]
+        if damaged:
+            warnings.warn(f'{root} is damaged, {name} was loaded instead ({"; ".join(damaged)})', stacklevel=2)
+        return found
+    reasons = '; '.join(f'{name}: {why}' for name, why in failed.items())
+    raise StateError(f'no whole generation in {root}: {reasons or "nothing was saved there"}')

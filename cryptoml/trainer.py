@@ -8,9 +8,9 @@ __all__ = ['BAD_IN_A_ROW', 'TrainerError', 'pick_device', 'to_device', 'epoch_se
 
 # %% ../nbs/30_trainer.ipynb #2abdd884
 import hashlib, math, sys, time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable
 
 import pandas as pd
 import torch
@@ -40,6 +40,7 @@ def pick_device(
         raise TrainerError(f"device {str(device)!r} is not there, this machine has {n} CUDA devices: use 'auto'")
     return found
 
+# %% ../nbs/30_trainer.ipynb #5f179b2d
 def to_device(
     batch,                 # A tensor, or dicts, tuples and lists of them, nested; anything else is left as it is
     device: torch.device,  # Where it is wanted
@@ -58,7 +59,8 @@ def epoch_seed(
     purpose: str,  # 'batches' or 'noise': streams that must not be the same
 ) -> int:          # Seed of 32 bits
     "A seed that depends on nothing that happened before the epoch"
-    return int.from_bytes(hashlib.sha256(f'{seed} {epoch} {purpose}'.encode()).digest()[:4], 'little')
+    digest = hashlib.sha256(f'{seed} {epoch} {purpose}'.encode()).digest()
+    return int.from_bytes(digest[:4], 'little')
 
 # %% ../nbs/30_trainer.ipynb #67493353
 @dataclass
@@ -72,15 +74,21 @@ class TrainConfig:
     lr_patience: int = 2        # Epochs without one before the learning rate falls
     lr_factor: float = 0.5      # By what it is multiplied then
     min_lr: float = 1e-6        # Where it stays
-    average: float = 0.         # Decay a step of the running mean of the weights that is validated and kept; 0: the weights themselves
+    average: float = 0.         # Decay a step of the running mean that is validated and kept; 0: the weights themselves
     seed: int = 0               # Of batches and dropout
     amp: bool = False           # bfloat16 in the forward pass, on CUDA only
 
     def __post_init__(self):
-        for k in ('epochs', 'lr', 'clip', 'patience'):
-            if not getattr(self, k) > 0: raise TrainerError(f'{k} must be above 0, got {getattr(self, k)}')
-        if not 0 <= self.average < 1: raise TrainerError(f'average must be in [0, 1), got {self.average}')
-        if not 0 < self.lr_factor < 1: raise TrainerError(f'lr_factor must be between 0 and 1, got {self.lr_factor}')
+        rules = [
+            ('epochs', self.epochs > 0, 'above 0'),
+            ('lr', self.lr > 0, 'above 0'),
+            ('clip', self.clip > 0, 'above 0'),
+            ('patience', self.patience > 0, 'above 0'),
+            ('average', 0 <= self.average < 1, 'in [0, 1)'),
+            ('lr_factor', 0 < self.lr_factor < 1, 'between 0 and 1'),
+        ]
+        for name, holds, rule in rules:
+            if not holds: raise TrainerError(f'{name} must be {rule}, got {getattr(self, name)}')
 
 # %% ../nbs/30_trainer.ipynb #a6bd29ee
 def adamw(
@@ -89,20 +97,28 @@ def adamw(
     weight_decay: float,  # Of parameters with two dimensions or more
 ) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019, algorithm 2) that decays matrices only"
-    factor = lambda name: next((f for start, f in getattr(model, 'rates', {}).items() if name.startswith(start)), 1.)
-    params = [(factor(k), p) for k, p in model.named_parameters() if p.requires_grad]
-    group = lambda f, matrix: dict(params=[p for g, p in params if g == f and (p.ndim >= 2) == matrix], lr=f * lr, weight_decay=weight_decay if matrix else 0.)
-    return torch.optim.AdamW([group(f, matrix) for f in sorted({f for f, _ in params}, reverse=True) for matrix in (True, False)], lr=lr, fused=True)
+    rates = getattr(model, 'rates', {})
+    def rate(name): return next((r for start, r in rates.items() if name.startswith(start)), 1.)
+    rated = [(rate(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for r in sorted({r for r, _ in rated}, reverse=True):
+        matrices = [p for q, p in rated if q == r and p.ndim >= 2]
+        others = [p for q, p in rated if q == r and p.ndim < 2]
+        groups.append(dict(params=matrices, lr=r * lr, weight_decay=weight_decay))
+        groups.append(dict(params=others, lr=r * lr, weight_decay=0.))
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 # %% ../nbs/30_trainer.ipynb #c1f18007
-BAD_IN_A_ROW = 5   # Batches without a finite loss and gradient before giving up
-
 def _loss(out) -> tuple[Tensor, dict]:
     "A loss function may return the scalar, or the scalar and a dict of numbers to average"
     value, parts = out if isinstance(out, tuple) else (out, {})
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise TrainerError(f'the loss must be a scalar tensor with a gradient, got {type(value).__name__} {tuple(getattr(value, "shape", ()))}')
+        shape = tuple(getattr(value, 'shape', ()))
+        raise TrainerError(f'the loss must be a scalar tensor with a gradient, got {type(value).__name__} {shape}')
     return value, parts
+
+# %% ../nbs/30_trainer.ipynb #eaedad69
+BAD_IN_A_ROW = 5   # Batches without a finite loss and gradient before giving up
 
 def train_epoch(
     model: nn.Module,     # In training mode afterwards
@@ -115,25 +131,37 @@ def train_epoch(
 ) -> dict[str, float]:    # Means over the steps taken: 'loss' and the parts; and 'skipped', a count
     "One pass over the batches, a step each"
     device = next(model.parameters()).device
-    totals, steps, skipped, bad = {}, 0, 0, 0
+    totals = {}
+    steps = skipped = bad = 0
     model.train()
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp): value, parts = _loss(loss(model, to_device(batch, device)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            value, parts = _loss(loss(model, to_device(batch, device)))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if not torch.isfinite(value.detach() + norm):   # the one wait for the device in a step
-            skipped, bad = skipped + 1, bad + 1
-            if bad < BAD_IN_A_ROW: continue
-            raise TrainerError(f'loss or gradient was not finite in {bad} batches in a row, after {steps} good steps '
-                               f'(loss {value.item()}, norm of the gradient {norm.item()}): look for NaN in the batches, or lower lr')
+            skipped += 1
+            bad += 1
+            if bad == BAD_IN_A_ROW: raise TrainerError(_hopeless(steps, value.item(), norm.item()))
+            continue
         optimizer.step()
         if after: after(model)
-        steps, bad = steps + 1, 0
+        steps += 1
+        bad = 0
         for k, v in (parts | dict(loss=value)).items():
-            totals[k] = totals.get(k, 0) + (v.detach().double() if isinstance(v, Tensor) else v)   # stays on the device
-    if not steps: raise TrainerError(f'an epoch without a step: {skipped} batches, all of them without a finite loss' if skipped else 'the epoch had no batches')
+            totals[k] = totals.get(k, 0) + (v.detach().double() if isinstance(v, Tensor) else v)   # on the device
+    if not steps: raise TrainerError(_no_step(skipped))
     return {k: float(v) / steps for k, v in totals.items()} | dict(skipped=skipped)
+
+# %% ../nbs/30_trainer.ipynb #5aa8b9b0
+def _hopeless(steps: int, loss: float, norm: float) -> str:
+    return (f'loss or gradient was not finite in {BAD_IN_A_ROW} batches in a row, after {steps} good steps '
+            f'(loss {loss}, norm of the gradient {norm}): look for NaN in the batches, or lower lr')
+
+def _no_step(skipped: int) -> str:
+    if skipped: return f'an epoch without a step: {skipped} batches, all of them without a finite loss'
+    return 'the epoch had no batches'
 
 # %% ../nbs/30_trainer.ipynb #f54c171a
 def pack(
@@ -141,7 +169,8 @@ def pack(
 ) -> tuple[dict[str, Tensor], list[float]]:  # 'number of the parameter.name' to tensor; learning rate of each group
     "The state of an optimiser without a pickle"
     s = optimizer.state_dict()
-    return {f'{i}.{k}': v for i, of in s['state'].items() for k, v in of.items()}, [g['lr'] for g in s['param_groups']]
+    tensors = {f'{i}.{k}': v for i, moments in s['state'].items() for k, v in moments.items()}
+    return tensors, [g['lr'] for g in s['param_groups']]
 
 def unpack(
     optimizer: torch.optim.Optimizer,  # Over the same parameters in the same order; changed in place
@@ -166,40 +195,52 @@ def _same_run(
     ours: dict,    # `state_dict` now
 ):
     "Refuse the folder of another run, and say what differs"
+    def form(tensors, name):
+        if name not in tensors: return 'absent'
+        v = tensors[name]
+        return f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}"
     other = [f'{k}={old.get(k)!r} there and {v!r} now' for k, v in new.items() if k != 'epochs' and old.get(k) != v]
-    def form(s, k): return f"{list(s[k].shape)} {str(s[k].dtype).removeprefix('torch.')}" if k in s else 'absent'
-    differ = [k for k in {**ours, **theirs} if form(theirs, k) != form(ours, k)]
-    if differ: other.append(f'{len(differ)} tensors of the model, first {differ[0]}: {form(theirs, differ[0])} there and {form(ours, differ[0])} now')
-    if other: raise TrainerError(f"{root.parent} holds another run ({'; '.join(other)}): use another folder, or the same settings")
+    differ = [name for name in {**ours, **theirs} if form(theirs, name) != form(ours, name)]
+    if differ:
+        first = differ[0]
+        other.append(f'{len(differ)} tensors of the model, '
+                     f'first {first}: {form(theirs, first)} there and {form(ours, first)} now')
+    if other:
+        raise TrainerError(f"{root.parent} holds another run ({'; '.join(other)}): "
+                           'use another folder, or the same settings')
 
 # %% ../nbs/30_trainer.ipynb #46d97c82
-class _Training:
+def _mean_of(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+def _schedule(plateau: ReduceLROnPlateau) -> dict:
+    "What the schedule must know again"
+    state = plateau.state_dict()
+    return {k: state[k] for k in ('best', 'num_bad_epochs', 'last_epoch')}
+
+def _or_infinite(v: float | None) -> float: return math.inf if v is None else v   # JSON has no infinity
+
+# %% ../nbs/30_trainer.ipynb #fbf2fea4
+class _State:
     "Model, optimiser, schedule, best weights and history, kept as one generation on disk"
     def __init__(self, model: nn.Module, config: TrainConfig, root: Path):
         self.model, self.config, self.root = model, config, root
         self.optimizer = adamw(model, config.lr, config.weight_decay)
-        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average)) if config.average else None
-        self.plateau = ReduceLROnPlateau(self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr)
-        self.best, self.best_loss, self.best_epoch, self.history = {}, math.inf, 0, []
-
-    @property
-    def kept(self) -> nn.Module: return self.mean.module if self.mean else self.model
-
-    def done(self) -> bool:
-        return len(self.history) >= self.config.epochs or len(self.history) - self.best_epoch >= self.config.patience
-
-    def add(self, row: dict):
-        self.history.append(row)
-        if row['valid_loss'] < self.best_loss:
-            self.best_loss, self.best_epoch = row['valid_loss'], row['epoch']
-            self.best = {k: v.detach().clone() for k, v in self.kept.state_dict().items()}
-        self.plateau.step(row['valid_loss'])
+        self.mean = _mean_of(model, config.average) if config.average else None
+        self.plateau = ReduceLROnPlateau(
+            self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr)
+        self.best = {}             # Tensors of the best epoch
+        self.best_loss = math.inf
+        self.best_epoch = 0
+        self.history = []          # A row an epoch
 
     def save(self):
         moments, lrs = pack(self.optimizer)
-        content = dict(config=asdict(self.config), lrs=lrs, plateau={k: self.plateau.state_dict()[k] for k in ('best', 'num_bad_epochs', 'last_epoch')},
-                       best_loss=self.best_loss, best_epoch=self.best_epoch, history=self.history)
-        save(self.root, dict(model=self.model.state_dict(), best=self.best, optimizer=moments) | (dict(mean=self.mean.state_dict()) if self.mean else {}), content, keep=2)
+        tensors = dict(model=self.model.state_dict(), best=self.best, optimizer=moments)
+        if self.mean: tensors['mean'] = self.mean.state_dict()
+        begun = dict(config=asdict(self.config), lrs=lrs, plateau=_schedule(self.plateau))
+        found = dict(best_loss=self.best_loss, best_epoch=self.best_epoch, history=self.history)
+        save(self.root, tensors, begun | found, keep=2)
 
     def load(self):
         tensors, c = load(self.root)
@@ -207,31 +248,65 @@ class _Training:
         self.model.load_state_dict(tensors['model'])
         if self.mean: self.mean.load_state_dict(tensors['mean'])
         unpack(self.optimizer, tensors['optimizer'], c['lrs'])
-        infinite = lambda v: math.inf if v is None else v   # JSON has no infinity
-        self.plateau.load_state_dict(c['plateau'] | dict(best=infinite(c['plateau']['best']), _last_lr=c['lrs']))
-        self.best, self.best_loss, self.best_epoch, self.history = tensors['best'], infinite(c['best_loss']), c['best_epoch'], c['history']
+        schedule = c['plateau']
+        self.plateau.load_state_dict(schedule | dict(best=_or_infinite(schedule['best']), _last_lr=c['lrs']))
+        self.best = tensors['best']
+        self.best_loss = _or_infinite(c['best_loss'])
+        self.best_epoch = c['best_epoch']
+        self.history = c['history']
 
 # %% ../nbs/30_trainer.ipynb #801e2cdd
-def _epoch(
-    run: _Training,
-    batches: Callable,  # (epoch, generator) to the epoch's batches
-    loss: Callable,     # (model, batch) to the loss
-    validate: Callable, # Model to numbers, 'loss' among them
-):
-    "Train, validate, save and report one epoch"
-    c, epoch, start, lr = run.config, len(run.history) + 1, time.perf_counter(), pack(run.optimizer)[1][0]
-    torch.manual_seed(epoch_seed(c.seed, epoch, 'noise'))
-    order = torch.Generator().manual_seed(epoch_seed(c.seed, epoch, 'batches'))
-    bar = tqdm(batches(epoch, order), desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
-    amp = c.amp and next(run.model.parameters()).is_cuda
-    train = train_epoch(run.model, bar, loss, run.optimizer, c.clip, amp, run.mean and run.mean.update_parameters)
-    run.kept.eval()
-    with torch.no_grad(): valid = {k: float(v) for k, v in validate(run.kept).items()}
+class _Training(_State):
+    "A run: its epochs, and what each of them decides"
+    @property
+    def kept(self) -> nn.Module: return self.mean.module if self.mean else self.model
+
+    def done(self) -> bool:
+        epochs = len(self.history)
+        return epochs >= self.config.epochs or epochs - self.best_epoch >= self.config.patience
+
+    def add(self, row: dict):
+        "A row of history: is it the best epoch, must the learning rate fall"
+        self.history.append(row)
+        if row['valid_loss'] < self.best_loss:
+            self.best_loss = row['valid_loss']
+            self.best_epoch = row['epoch']
+            self.best = {k: v.detach().clone() for k, v in self.kept.state_dict().items()}
+        self.plateau.step(row['valid_loss'])
+
+    def epoch(self, batches: Callable, loss: Callable, validate: Callable):
+        "Train, validate, save and report one epoch; the callables are those of `UltimateTrainer.fit`"
+        start = time.perf_counter()
+        c, model = self.config, self.model
+        epoch = len(self.history) + 1
+        lr = self.optimizer.param_groups[0]['lr']
+        torch.manual_seed(epoch_seed(c.seed, epoch, 'noise'))
+        order = torch.Generator().manual_seed(epoch_seed(c.seed, epoch, 'batches'))
+        bar = tqdm(batches(epoch, order), desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
+        amp = c.amp and next(model.parameters()).is_cuda
+        train = train_epoch(model, bar, loss, self.optimizer, c.clip, amp, self.mean and self.mean.update_parameters)
+        valid = _numbers(validate, self.kept.eval())
+        end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)
+        self.add(_row(epoch, train, valid, end))
+        self.save()
+        print(_line(self.history[-1]) + '  best' * (self.best_epoch == epoch), flush=True)
+
+# %% ../nbs/30_trainer.ipynb #6dc8a195
+def _numbers(validate, model) -> dict[str, float]:
+    "What the validation says, without gradients"
+    with torch.no_grad(): valid = {k: float(v) for k, v in validate(model).items()}
     if 'loss' not in valid: raise TrainerError(f"validate must return 'loss', got {sorted(valid)}")
-    end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)
-    run.add(dict(epoch=epoch) | {f'train_{k}': v for k, v in train.items()} | {f'valid_{k}': v for k, v in valid.items()} | end)
-    run.save()
-    print(f"epoch {epoch:3d}  train {train['loss']:.4f}  valid {valid['loss']:.4f}  lr {lr:.1e}  {end['seconds']:.1f} s" + '  best' * (run.best_epoch == epoch), flush=True)
+    return valid
+
+def _row(epoch: int, train: dict, valid: dict, end: dict) -> dict:
+    "A row of history"
+    named = {f'train_{k}': v for k, v in train.items()} | {f'valid_{k}': v for k, v in valid.items()}
+    return dict(epoch=epoch) | named | end
+
+def _line(row: dict) -> str:
+    "What is printed of it"
+    losses = f"train {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}"
+    return f"epoch {row['epoch']:3d}  {losses}  lr {row['lr']:.1e}  {row['seconds']:.1f} s"
 
 # %% ../nbs/30_trainer.ipynb #eaa24623
 class UltimateTrainer:
@@ -243,25 +318,29 @@ class UltimateTrainer:
         out,                   # Folder for `checkpoint/` (generations) and `history.jsonl`
         device: str = 'auto',  # As for `pick_device`
     ):
-        self.device, self.config, self.out = pick_device(device), config, Path(out)
+        self.device = pick_device(device)
+        self.config = config
+        self.out = Path(out)
         self.model = model.to(self.device)
 
     def fit(
         self,
         batches: Callable[[int, torch.Generator], Iterable],  # Epoch (from 1) and a CPU generator to its batches
-        loss: Callable,                                       # (model, batch) to a scalar tensor, or to (scalar tensor, dict of numbers)
+        loss: Callable,      # (model, batch) to a scalar tensor, or to (scalar tensor, dict of numbers)
         validate: Callable[[nn.Module], dict],                # Model to numbers, 'loss' among them
     ) -> pd.DataFrame:                                        # A row an epoch
         "Train until epochs or patience are used up; leaves the best epoch's weights, in evaluation mode"
-        with lock(self.out, wait=2, name='TRAINING'), torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+        history = self.out/'history.jsonl'
+        gpus = [self.device] if self.device.type == 'cuda' else []
+        with lock(self.out, wait=2, name='TRAINING'), torch.random.fork_rng(gpus):
             run = _Training(self.model, self.config, self.out/'checkpoint')
             if generations(run.root): run.load()
             else: run.save()
-            replace_file(self.out/'history.jsonl', b'')
-            for row in run.history: append_line(self.out/'history.jsonl', row)
+            replace_file(history, b'')
+            for row in run.history: append_line(history, row)
             while not run.done():
-                _epoch(run, batches, loss, validate)
-                append_line(self.out/'history.jsonl', run.history[-1])
+                run.epoch(batches, loss, validate)
+                append_line(history, run.history[-1])
         if not run.best: raise TrainerError(f'none of {len(run.history)} epochs had a finite validation loss')
         self.model.load_state_dict(run.best)
         self.model.eval()

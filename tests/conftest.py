@@ -14,11 +14,14 @@ def forked(f):
     import torch
     torch.set_num_threads(1)   # torch's threads of the parent do not exist here, and waiting for them never ends
     try: code = f() or 0
-    except BaseException as e: print(repr(e), flush=True); code = 1
+    except BaseException as e:
+        print(repr(e), flush=True)
+        code = 1
     finally: os._exit(code)
 
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def pytest_collection_modifyitems(items):
     "The longest files first, so that two workers end together"
-    items.sort(key=lambda item: item.path.name not in ('test_train_job.py', 'test_notebooks.py'))
+    longest = ('test_train_job.py', 'test_notebooks.py')
+    items.sort(key=lambda item: item.path.name not in longest)

@@ -19,10 +19,15 @@ def market(): return simulate(seed=3)
 def silent(): return simulate(seed=3, signal=0)
 
 
-def matrix(market: Market, series): return np.asarray(series).reshape(len(market.symbols), -1)
+def matrix(market: Market, series):
+    "A column of the market's frames, one row a coin"
+    return np.asarray(series).reshape(len(market.symbols), -1)
 
 
 def log_returns(market): return matrix(market, np.log(market.bars['close'] / market.bars['open']))
+
+
+def fingerprint(frame): return hashlib.sha256(pd.util.hash_pandas_object(frame).to_numpy().tobytes()).hexdigest()
 
 
 def z_score(sign, outcome):
@@ -31,28 +36,54 @@ def z_score(sign, outcome):
     return x.sum() / np.sqrt((x ** 2).sum())
 
 
-def test_frames_have_the_agreed_shape(market):
+def test_bars_are_a_market_frame(market):
     bars = market.bars
-    assert list(bars.columns) == ['time', 'symbol', 'open', 'high', 'low', 'close', 'volume', 'quote_volume', 'trades', 'taker_buy_volume']
+    assert list(bars.columns) == [
+        'time', 'symbol', 'open', 'high', 'low', 'close', 'volume', 'quote_volume', 'trades', 'taker_buy_volume']
     assert str(bars['time'].dtype) == 'datetime64[us, UTC]'
     assert bars.equals(bars.sort_values(['symbol', 'time'], ignore_index=True))
-    assert not bars.duplicated(['symbol', 'time']).any() and np.isfinite(bars.select_dtypes('number')).all(axis=None)
+    assert not bars.duplicated(['symbol', 'time']).any()
+    assert np.isfinite(bars.select_dtypes('number')).all(axis=None)
     assert market.symbols == sorted(market.symbols) == bars['symbol'].unique().tolist()
-    for frame in (market.extra, market.funding): assert {'time', 'known', 'symbol'} <= set(frame) and (frame['known'] >= frame['time']).all()
-    assert str(market.extra['known'].dtype) == str(market.onchain['known'].dtype) == str(market.funding['known'].dtype) == 'datetime64[us, UTC]'
-    assert market.truth.index.names == ['symbol', 'time'] and len(market.truth) == len(bars) == len(market.extra)
-    assert market.lead_lag.shape == (8, 8) and list(market.cost.index) == market.symbols and market.cost.between(5e-4, 1e-3).all()
     assert bars['open'].max() / bars['open'].min() > 1e8
 
 
+def test_sources_have_the_agreed_shape(market):
+    for frame in (market.extra, market.funding):
+        assert {'time', 'known', 'symbol'} <= set(frame)
+        assert (frame['known'] >= frame['time']).all()
+    for frame in (market.extra, market.funding, market.onchain):
+        assert str(frame['known'].dtype) == 'datetime64[us, UTC]'
+
+
+def test_truth_has_the_agreed_shape(market):
+    assert market.truth.index.names == ['symbol', 'time']
+    assert len(market.truth) == len(market.bars) == len(market.extra)
+    assert market.lead_lag.shape == (8, 8)
+    assert list(market.cost.index) == market.symbols
+    assert market.cost.between(5e-4, 1e-3).all()
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 11), st.integers(2, 80), st.floats(0, 5), st.integers(0, 2 ** 32), st.sampled_from(['15min', '1h', '4h', '1d']))
+@given(
+    n=st.integers(1, 11),
+    bars=st.integers(2, 80),
+    signal=st.floats(0, 5),
+    seed=st.integers(0, 2 ** 32),
+    timeframe=st.sampled_from(['15min', '1h', '4h', '1d']),
+)
 def test_any_market_is_consistent(n, bars, signal, seed, timeframe):
-    m = simulate(n, bars, signal, seed, timeframe=timeframe); b = m.bars
-    assert len(b) == n * bars and (b['low'] > 0).all()
-    assert (b['high'] >= b[['open', 'close']].max(axis=1)).all() and (b['low'] <= b[['open', 'close']].min(axis=1)).all()
-    assert (b['quote_volume'] > 0).all() and (b['trades'] >= 1).all() and b['taker_buy_volume'].between(0, b['volume']).all()
-    assert {'AdrActCnt', 'known', 'asset'} <= set(m.onchain) and 'funding_rate' in m.funding
+    m = simulate(n, bars, signal, seed, timeframe=timeframe)
+    b = m.bars
+    assert len(b) == n * bars
+    assert (b['low'] > 0).all()
+    assert (b['high'] >= b[['open', 'close']].max(axis=1)).all()
+    assert (b['low'] <= b[['open', 'close']].min(axis=1)).all()
+    assert (b['quote_volume'] > 0).all()
+    assert (b['trades'] >= 1).all()
+    assert b['taker_buy_volume'].between(0, b['volume']).all()
+    assert {'AdrActCnt', 'known', 'asset'} <= set(m.onchain)
+    assert 'funding_rate' in m.funding
     assert set(m.truth['regime']) <= {0, 1, 2, 3}
 
 
@@ -67,23 +98,36 @@ def test_on_chain_carries_its_state_and_funding_only_the_past(market):
     active = np.log(market.onchain[market.onchain['asset'] == 'eth'].set_index('time')['AdrActCnt'])
     state = market.truth.loc['ETH/USDT', 'drift_onchain'].groupby(lambda t: t.floor('D')).mean()
     assert np.corrcoef(active, state)[0, 1] > 0.9
-    f = market.funding[market.funding['symbol'] == 'ETH/USDT'].set_index('time')['funding_rate']
+    rate = market.funding[market.funding['symbol'] == 'ETH/USDT'].set_index('time')['funding_rate']
     opens = np.log(market.bars[market.bars['symbol'] == 'ETH/USDT'].set_index('time')['open'])
-    assert np.corrcoef(f, (opens - opens.shift(24)).reindex(f.index))[0, 1] > 0.5
+    past_day = (opens - opens.shift(24)).reindex(rate.index)
+    assert np.corrcoef(rate, past_day)[0, 1] > 0.5
 
 
-@pytest.mark.parametrize('kwargs, word', [(dict(n_symbols=0), 'at least 1 symbol'), (dict(n_bars=1), '2 bars'), (dict(signal=-0.1), 'signal'),
-                                          (dict(signal=float('nan')), 'signal'), (dict(timeframe='5h'), 'divide a day'), (dict(timeframe='2d'), 'divide a day')])
+@pytest.mark.parametrize('kwargs, word', [
+    (dict(n_symbols=0), 'at least 1 symbol'),
+    (dict(n_bars=1), '2 bars'),
+    (dict(signal=-0.1), 'signal'),
+    (dict(signal=float('nan')), 'signal'),
+    (dict(timeframe='5h'), 'divide a day'),
+    (dict(timeframe='2d'), 'divide a day'),
+])
 def test_bad_arguments_are_named(kwargs, word):
     with pytest.raises(ValueError, match=word): simulate(**kwargs)
 
 
+OTHER = '''
+import hashlib, pandas as pd
+from cryptoml.simulate import simulate
+rows = pd.util.hash_pandas_object(simulate(3, 200, seed=11).bars)
+print(hashlib.sha256(rows.to_numpy().tobytes()).hexdigest())
+'''
+
 def test_same_seed_same_bits_in_another_process():
-    code = ("import hashlib, pandas as pd; from cryptoml.simulate import simulate; m = simulate(3, 200, seed=11);"
-            "print(hashlib.sha256(pd.util.hash_pandas_object(m.bars).to_numpy().tobytes()).hexdigest())")
-    mine = hashlib.sha256(pd.util.hash_pandas_object(simulate(3, 200, seed=11).bars).to_numpy().tobytes()).hexdigest()
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == mine
-    assert not simulate(3, 200, seed=12).bars.equals(simulate(3, 200, seed=11).bars)
+    mine = simulate(3, 200, seed=11).bars
+    other = subprocess.run([sys.executable, '-c', OTHER], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == fingerprint(mine)
+    assert not simulate(3, 200, seed=12).bars.equals(mine)
 
 
 def test_the_signal_changes_the_mean_and_nothing_else(market, silent):
@@ -91,25 +135,37 @@ def test_the_signal_changes_the_mean_and_nothing_else(market, silent):
     pd.testing.assert_frame_equal(market.onchain, silent.onchain)
     drift = matrix(market, market.truth['drift'])
     np.testing.assert_allclose(log_returns(market)[:, 1:] - drift[:, :-1], log_returns(silent)[:, 1:], atol=1e-12)
-    for c in ('quote_volume', 'trades'): np.testing.assert_array_equal(market.bars[c], silent.bars[c])
-    np.testing.assert_allclose(simulate(2, 500, 2.0, 5).truth['drift'], 2 * simulate(2, 500, 1.0, 5).truth['drift'], atol=1e-15)
+    np.testing.assert_array_equal(market.bars['quote_volume'], silent.bars['quote_volume'])
+    np.testing.assert_array_equal(market.bars['trades'], silent.bars['trades'])
+    once = simulate(2, 500, 1.0, seed=5).truth['drift']
+    twice = simulate(2, 500, 2.0, seed=5).truth['drift']
+    np.testing.assert_allclose(twice, 2 * once, atol=1e-15)
 
 
 def test_the_drift_is_the_sum_of_its_parts_and_linear_in_the_drivers(market):
-    t, extra = market.truth, market.extra.set_index(['symbol', 'time'])
+    t = market.truth
+    extra = market.extra.set_index(['symbol', 'time'])
     np.testing.assert_allclose(t.filter(regex='^drift_').sum(axis=1), t['drift'], atol=1e-15)
-    for name, (_, weight) in DRIVERS.items(): np.testing.assert_allclose(t[f'drift_{name}'], t['scale'] * weight * extra[name], atol=1e-15)
-    assert np.abs(t.drop(columns='sigma').groupby('symbol')['drift'].mean() / t.groupby('symbol')['scale'].first()).max() < 0.01      # being always long earns nothing
+    for name, (_, weight) in DRIVERS.items():
+        np.testing.assert_allclose(t[f'drift_{name}'], t['scale'] * weight * extra[name], atol=1e-15)
+
+
+def test_being_always_long_earns_nothing(market):
+    coin = market.truth.groupby('symbol')
+    assert (coin['drift'].mean() / coin['scale'].first()).abs().max() < 0.01
 
 
 @pytest.mark.parametrize('h', [1, 4, 24])
 def test_expected_is_the_sum_of_conditional_expectations(market, h):
     "Brute force: decay every part bar by bar from the truth at t"
-    total, t = 0.0, market.truth
-    chance = np.eye(4)[t['regime']]
+    t = market.truth
+    chance = np.eye(4)[t['regime']]                          # of each regime, seen from t
+    total = t['drift_lead_lag']                              # lasts one bar
     for k in range(h):
-        total = total + sum(t[f'drift_{n}'] * 0.5 ** (k / life) for n, (life, _) in DRIVERS.items())
-        total = total + t['drift_onchain'] * 0.5 ** (k / 120) + t['drift_centre'] + (t['drift_lead_lag'] if k == 0 else 0)
+        for name, (life, _) in DRIVERS.items():
+            total = total + t[f'drift_{name}'] * 0.5 ** (k / life)
+        total = total + t['drift_onchain'] * 0.5 ** (k / 120)
+        total = total + t['drift_centre']
         total = total + t['scale'] * (chance @ np.array([0.05, -0.05, 0, 0]))
         chance = chance @ TRANSITION
     np.testing.assert_allclose(market.expected(h), total, atol=1e-12)
@@ -118,62 +174,91 @@ def test_expected_is_the_sum_of_conditional_expectations(market, h):
 
 @pytest.mark.parametrize('signal', [0, 0.5, 2.0])
 def test_expected_scales_with_the_signal(signal):
-    np.testing.assert_allclose(simulate(2, 500, signal, 5).expected(12), signal * simulate(2, 500, 1.0, 5).expected(12), atol=1e-15)
+    full = simulate(2, 500, 1.0, seed=5).expected(12)
+    np.testing.assert_allclose(simulate(2, 500, signal, seed=5).expected(12), signal * full, atol=1e-15)
 
 
 def test_sigma_is_the_standard_deviation_of_the_next_shock(silent):
-    z = log_returns(silent)[:, 1:] / matrix(silent, silent.truth['sigma'])[:, :-1]
-    assert abs((z ** 2).mean() - 1) < 0.05
-    vol = matrix(silent, silent.truth['sigma'])[:, :-1]
-    calm, wild = vol < np.median(vol), vol > np.quantile(vol, 0.9)
-    assert abs((z[calm] ** 2).mean() - 1) < 0.07 and abs((z[wild] ** 2).mean() - 1) < 0.15
+    sigma = matrix(silent, silent.truth['sigma'])[:, :-1]
+    z2 = (log_returns(silent)[:, 1:] / sigma) ** 2
+    calm = sigma < np.median(sigma)
+    wild = sigma > np.quantile(sigma, 0.9)
+    assert abs(z2.mean() - 1) < 0.05
+    assert abs(z2[calm].mean() - 1) < 0.07
+    assert abs(z2[wild].mean() - 1) < 0.15
 
 
-def test_noise_columns_look_like_drivers(market):
-    x = {c: matrix(market, market.extra[c]) for c in (*DRIVERS, *NOISES)}
-    for noise, driver in (('noise_1', 'driver_1'), ('noise_2', 'driver_2'), ('noise_3', 'driver_3')):
-        for lag in (1, 12):
-            a, b = ((x[c][:, lag:] * x[c][:, :-lag]).mean() / (x[c] ** 2).mean() for c in (noise, driver))
-            assert abs(a - b) < 0.08
-        assert abs(x[noise].std() - 1) < 0.1 and abs(x[driver].std() - 1) < 0.1
+@pytest.mark.parametrize('noise, driver', [('noise_1', 'driver_1'), ('noise_2', 'driver_2'), ('noise_3', 'driver_3')])
+def test_noise_columns_look_like_drivers(market, noise, driver):
+    def column(name): return matrix(market, market.extra[name])
+    def autocorrelation(x, lag): return (x[:, lag:] * x[:, :-lag]).mean() / (x ** 2).mean()
+    for lag in (1, 12):
+        assert abs(autocorrelation(column(noise), lag) - autocorrelation(column(driver), lag)) < 0.08
+    assert abs(column(noise).std() - 1) < 0.1
+    assert abs(column(driver).std() - 1) < 0.1
 
 
 @pytest.mark.parametrize('seed', [1, 2])
 def test_the_oracle_scores_as_tuned(seed):
-    m = simulate(seed=seed); r = np.cumsum(log_returns(m), 1)
-    hit = lambda h, parts=None: (np.sign(matrix(m, m.expected(h, parts)))[:, :-h] == np.sign(r[:, h:] - r[:, :-h])).mean()
-    assert 0.62 <= hit(12) <= 0.66 and 0.585 <= hit(4) <= 0.625 and 0.58 <= hit(12, list(DRIVERS)) <= 0.635
+    m = simulate(seed=seed)
+    total = np.cumsum(log_returns(m), 1)
+    def hit(h, parts=None):
+        forecast = matrix(m, m.expected(h, parts))[:, :-h]
+        return (np.sign(forecast) == np.sign(total[:, h:] - total[:, :-h])).mean()
+    assert 0.585 <= hit(4) <= 0.625
+    assert 0.62 <= hit(12) <= 0.66
+    assert 0.58 <= hit(12, list(DRIVERS)) <= 0.635
+
+
+def rules_of(m, loud):
+    "What somebody may try on the bars and columns of a market, and the truth of the same market with a signal"
+    b = m.bars
+    rules = {c: matrix(m, m.extra[c]) for c in (*DRIVERS, *NOISES)}
+    rules |= {f'oracle {h}': matrix(m, loud.expected(h)) for h in (1, 4, 12, 24)}
+    rules |= {p: matrix(m, loud.truth[f'drift_{p}']) for p in ('onchain', 'regime', 'lead_lag')}
+    rules['taker share'] = matrix(m, b['taker_buy_volume'] / b['volume']) - 0.5
+    rules['close location'] = matrix(m, (b['close'] - b['low']) / (b['high'] - b['low'])) - 0.5
+    def change(series):
+        x = matrix(m, series)
+        return np.diff(x, axis=1, prepend=x[:, :1])
+    rules['volume'] = change(np.log(b['quote_volume']))
+    rules['range'] = change(np.log(b['high'] / b['low']))
+    for w in (1, 3, 12, 48, 168):
+        past = np.cumsum(log_returns(m), 1)
+        past[:, w:] -= past[:, :-w].copy()
+        rules[f'momentum {w}'] = past
+        rules[f'cross-section {w}'] = past - past.mean(0)
+    return rules
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2, 3])
 def test_at_signal_0_nothing_seen_forecasts_the_sign(seed):
     "Thirty rules a seed on the one-bar sign; |z| > 4.2 has a chance below 0.0033 over all 120"
-    m, loud = simulate(seed=seed, signal=0), simulate(seed=seed)
-    r, b = log_returns(m), m.bars
-    rules = {c: matrix(m, m.extra[c]) for c in (*DRIVERS, *NOISES)}
-    rules |= {f'oracle {h}': matrix(m, loud.expected(h)) for h in (1, 4, 12, 24)}
-    rules |= {p: matrix(m, loud.truth[f'drift_{p}']) for p in ('onchain', 'regime', 'lead_lag')}
-    change = lambda x: np.diff(x, axis=1, prepend=x[:, :1])
-    rules |= {'taker share': matrix(m, b['taker_buy_volume'] / b['volume']) - 0.5, 'volume': change(matrix(m, np.log(b['quote_volume']))),
-              'range': change(matrix(m, np.log(b['high'] / b['low']))), 'close location': matrix(m, (b['close'] - b['low']) / (b['high'] - b['low'])) - 0.5}
-    for w in (1, 3, 12, 48, 168):
-        past = np.cumsum(r, 1); past[:, w:] -= past[:, :-w].copy()
-        rules |= {f'momentum {w}': past, f'cross-section {w}': past - past.mean(0)}
-    bad = {k: z for k, x in rules.items() if abs(z := z_score(x[:, :-1], r[:, 1:])) > 4.2}
-    assert len(rules) >= 29 and not bad
-    assert z_score(matrix(m, loud.expected(1))[:, :-1], log_returns(loud)[:, 1:]) > 15           # the same test sees the signal where there is one
+    m = simulate(seed=seed, signal=0)
+    loud = simulate(seed=seed)
+    rules = rules_of(m, loud)
+    outcome = log_returns(m)[:, 1:]
+    z = {name: z_score(x[:, :-1], outcome) for name, x in rules.items()}
+    assert len(z) >= 29
+    assert not {name: score for name, score in z.items() if abs(score) > 4.2}
+    oracle = matrix(m, loud.expected(1))[:, :-1]
+    assert z_score(oracle, log_returns(loud)[:, 1:]) > 15     # the same test sees the signal where there is one
 
 
 def test_lead_lag_is_where_it_was_planted(market):
-    t, r = market.truth, log_returns(market)
-    shock = r[:, 1:] - matrix(market, t['drift'])[:, :-1]
+    t = market.truth
+    shock = log_returns(market)[:, 1:] - matrix(market, t['drift'])[:, :-1]
     own = shock - shock.mean(0)
     next_drift = matrix(market, t['drift_lead_lag'])[:, 1:]
     L = market.lead_lag.to_numpy()
     assert (next_drift[~L.any(1)] == 0).all()
-    for i, j in zip(*np.nonzero(L)): assert np.corrcoef(next_drift[i], own[j])[0, 1] > 0.6
+    for follower, leader in zip(*np.nonzero(L)):
+        assert np.corrcoef(next_drift[follower], own[leader])[0, 1] > 0.6
 
 
 def test_coins_are_distinct_and_sorted():
     c = coins(40)
-    assert len(c) == 40 and list(c) == sorted(c) and min(c.values()) <= 1e-5 and max(c.values()) >= 3e4
+    assert len(c) == 40
+    assert list(c) == sorted(c)
+    assert min(c.values()) <= 1e-5
+    assert max(c.values()) >= 3e4

@@ -1,20 +1,63 @@
 """The train job from the command line: killed and taken up again, and refused before it starts"""
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
+
 import pandas as pd, pytest, torch
+
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.simulate import simulate
-from cryptoml.state import load, read_lines
+from cryptoml.state import load, lock, read_lines
 
 ROOT = Path(__file__).parents[1]
+HANGS = 600   # Seconds after which something that should have happened never will
+
+# IPython runs this in the kernel of a job before its first cell. In the folder named HOLD the second epoch stops for
+# good at its third batch; what is killed then is killed in mid-epoch, however slow or fast the machine.
+HOLD = """
+import os, signal
+from pathlib import Path
+from cryptoml import trainer
+
+def batches_until_held(batches):
+    for i, batch in enumerate(batches):
+        if i == 2:
+            Path(os.environ['HOLD'], 'held').touch()
+            signal.pause()
+        yield batch
+
+def train_epoch(model, batches, *args, **kw):
+    history = Path(os.environ['HOLD'], 'history.jsonl')
+    one_epoch_done = history.exists() and history.read_text().count('\\n') == 1
+    return through(model, batches_until_held(batches) if one_epoch_done else batches, *args, **kw)
+
+through, trainer.train_epoch = trainer.train_epoch, train_epoch
+"""
 
 
 def command(out, **parameters):
-    return [sys.executable, '-m', 'cryptoml.jobs', 'train', '--out', str(out), *(a for k, v in parameters.items() for a in ('-p', f'{k}={v}'))]
+    given = [a for k, v in parameters.items() for a in ('-p', f'{k}={v}')]
+    return [sys.executable, '-m', 'cryptoml.jobs', 'train', '--out', str(out), *given]
 
 
 def run(out, **parameters):
-    return subprocess.run(command(out, **parameters), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command(out, **parameters), cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+
+
+def killed_in_its_second_epoch(out, folder, hooks, **parameters):
+    "Start the job, kill it in the second epoch of what trains in `folder`, and wait until its kernel is gone too"
+    env = os.environ | dict(HOLD=str(folder), IPYTHONDIR=str(hooks))
+    log = folder.parent/f'{folder.name}.log'
+    with open(log, 'w') as f: job = subprocess.Popen(command(out, **parameters), cwd=ROOT, env=env, stdout=f, stderr=f)
+    end = time.monotonic() + HANGS
+    try:
+        while not (folder/'held').exists():
+            assert job.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < end, 'no epoch was finished'
+            time.sleep(.05)
+    finally:
+        job.kill()
+        job.wait()
+    with lock(out, wait=HANGS): pass
 
 
 @pytest.fixture(scope='module')
@@ -26,37 +69,57 @@ def bars(tmp_path_factory):
     return path
 
 
-def test_killed_in_mid_epoch_ends_with_the_same_weights(bars, tmp_path):
+@pytest.fixture(scope='module')
+def runs(bars, tmp_path_factory):
+    "A run that nothing interrupted, and one killed twice: in the network itself, then in the one beside it"
+    folder = tmp_path_factory.mktemp('runs')
+    startup = folder/'ipython'/'profile_default'/'startup'
+    startup.mkdir(parents=True)
+    (startup/'hold.py').write_text(HOLD)
     p = dict(data=bars, epochs=3, horizons='4,12', compare='lstm', threads=1)
-    whole = run(tmp_path/'whole', **p)
+    whole = run(folder/'whole', **p)
     assert whole.returncode == 0, whole.stderr[-2000:]
-    killed = tmp_path/'killed'
-    for now in (killed, killed/'lstm'):                                                         # first in the network itself, then in the one beside it
-        job = subprocess.Popen(command(killed, **p), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            end = time.time() + 200
-            while not read_lines(now/'history.jsonl') and time.time() < end: time.sleep(.05)    # one epoch is done, the next is under way
-            assert read_lines(now/'history.jsonl'), 'no epoch was finished in time'
-        finally: os.killpg(job.pid, signal.SIGKILL); job.wait()
-        time.sleep(1.5)                                                                        # the kernel notices that its parent is gone
+    killed = folder/'killed'
+    for now in (killed, killed/'lstm'): killed_in_its_second_epoch(killed, now, folder/'ipython', **p)
     assert not (killed/'metrics.json').exists()
     again = run(killed, **p)
     assert again.returncode == 0, again.stderr[-2000:]
-    a, b = (load(tmp_path/x/'model')[0]['network'] for x in ('whole', 'killed'))
+    return folder/'whole', killed
+
+
+def metrics_of(out): return json.loads((out/'metrics.json').read_text())
+
+def epochs_of(out): return [row['epoch'] for row in read_lines(out/'history.jsonl')]
+
+
+def test_killed_in_mid_epoch_ends_with_the_same_weights(runs):
+    a, b = (load(out/'model')[0]['network'] for out in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert all([h['epoch'] for h in read_lines(x/'history.jsonl')] == [1, 2, 3] for x in (killed, killed/'lstm'))
-    m, n = (json.loads((tmp_path/x/'metrics.json').read_text()) for x in ('whole', 'killed'))
-    assert m == n and m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
-    assert {'network', 'lstm', 'majority', 'persistence', 'momentum', 'logistic', 'boosting', 'HAR', 'zero', 'hold'} <= {r['model'] for r in m['rows']}
-    assert {'target', 'horizon', 'model', 'metric', 'value', 'lo', 'hi', 'n'} == set(m['rows'][0]) and {'digest', 'span', 'symbols'} <= set(m['data'])
-    ai, market = UltimateTradingAI(device='cpu'), simulate(n_symbols=3, n_bars=2800, seed=4).bars
-    ai.load_state(killed/'model')                                                              # what a run leaves is what a bot loads
+    assert epochs_of(runs[1]) == epochs_of(runs[1]/'lstm') == [1, 2, 3]
+    assert metrics_of(runs[0]) == metrics_of(runs[1])
+
+
+def test_what_a_run_reports(runs):
+    m = metrics_of(runs[1])
+    assert m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
+    compared = {'network', 'lstm', 'majority', 'persistence', 'momentum', 'logistic', 'boosting', 'HAR', 'zero', 'hold'}
+    assert compared <= {r['model'] for r in m['rows']}
+    assert set(m['rows'][0]) == {'target', 'horizon', 'model', 'metric', 'over', 'value', 'lo', 'hi', 'n'}
+    assert {'digest', 'span', 'symbols'} <= set(m['data'])
+    page = (runs[1]/'report.html').read_text()
+    assert page.count('data:image/png') >= 6 and m['verdict']['word'] in page
+    left = {f.name for f in runs[1].iterdir()}
+    assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= left
+
+
+def test_what_a_run_leaves_is_what_a_bot_loads(runs):
+    ai = UltimateTradingAI(device='cpu')
+    ai.load_state(runs[1]/'model')
+    market = simulate(n_symbols=3, n_bars=2800, seed=4).bars
     now = market.time.max() + pd.Timedelta('1h')
     p = ai.predict_sync(market, 'BTC/USDT', now)
-    assert not p['faults'] and p['horizons'] == [4, 12] and ai.get_trading_signal('BTC/USDT', 0., now)['action'] in ('BUY', 'SELL')
-    page = (killed/'report.html').read_text()
-    assert page.count('data:image/png') >= 6 and m['verdict']['word'] in page
-    assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= {f.name for f in killed.iterdir()}
+    assert not p['faults'] and p['horizons'] == [4, 12]
+    assert ai.get_trading_signal('BTC/USDT', 0., now)['action'] in ('BUY', 'SELL')
 
 
 @pytest.mark.parametrize('change, sentence', [
@@ -67,14 +130,18 @@ def test_killed_in_mid_epoch_ends_with_the_same_weights(bars, tmp_path):
     (dict(compare='rnn'), 'rnn'),
     (dict(compare='network'), 'leave it out'),
     (dict(device='cuda:99'), 'cuda:99'),
-])
+], ids=str)
 def test_what_cannot_be_run_is_one_sentence(bars, tmp_path, change, sentence):
     r = run(tmp_path/'x', **dict(data=bars, epochs=1) | change)
     assert r.returncode != 0 and sentence in r.stderr and 'Traceback' not in r.stderr, r.stderr[-1500:]
     assert not (tmp_path/'x'/'history.jsonl').exists() and not (tmp_path/'x'/'metrics.json').exists()
 
 
-def test_unknown_and_ill_typed_parameters_start_nothing(tmp_path):
-    for p, word in ((dict(epoch=3), 'epoch'), (dict(epochs='many'), 'epochs')):
-        r = run(tmp_path/'y', **p)
-        assert r.returncode != 0 and word in r.stderr and 'Traceback' not in r.stderr and not (tmp_path/'y').exists()
+@pytest.mark.parametrize('given, word', [
+    (dict(epoch=3), 'epoch'),
+    (dict(epochs='many'), 'epochs'),
+], ids=str)
+def test_unknown_and_ill_typed_parameters_start_nothing(tmp_path, given, word):
+    r = run(tmp_path/'y', **given)
+    assert r.returncode != 0 and word in r.stderr and 'Traceback' not in r.stderr
+    assert not (tmp_path/'y').exists()

@@ -24,22 +24,27 @@ def network(seed=0, width=16):
 
 def config(**kw): return TrainConfig(**dict(epochs=6, lr=0.01, patience=50, lr_patience=0) | kw)
 
-def fit(out, model=None, **kw):
-    t = UltimateTrainer(model or network(), config(**kw), out, 'cpu')
-    return t.fit(batches, loss, validate), t.model
+def trainer(out, model=None, **kw): return UltimateTrainer(model or network(), config(**kw), out, 'cpu')
+
+def fit(out, model=None, **kw): return trainer(out, model, **kw).fit(batches, loss, validate)
+
+def content(out): return load(out/'checkpoint')[1]
 
 def bits(out):
     "All that a run left: weights, best weights, moments, learning rates, history but for its seconds"
     tensors, c = load(out/'checkpoint')
     h = hashlib.sha256()
     for name, group in sorted(tensors.items()):
-        for k, v in sorted(group.items()): h.update(f'{name} {k} {v.dtype} {tuple(v.shape)}'.encode() + v.contiguous().numpy().tobytes())
-    h.update(repr([c['lrs'], c['plateau'], c['best_loss'], c['best_epoch'], [{k: v for k, v in r.items() if k != 'seconds'} for r in c['history']]]).encode())
+        for k, v in sorted(group.items()):
+            h.update(f'{name} {k} {v.dtype} {tuple(v.shape)}'.encode())
+            h.update(v.contiguous().numpy().tobytes())
+    history = [{k: v for k, v in row.items() if k != 'seconds'} for row in c['history']]
+    h.update(repr([c['lrs'], c['plateau'], c['best_loss'], c['best_epoch'], history]).encode())
     return h.hexdigest()
 
 def whole_history(out, epochs):
     lines = read_lines(out/'history.jsonl')
-    return [r['epoch'] for r in lines] == list(range(1, epochs + 1)) and lines == load(out/'checkpoint')[1]['history']
+    return [r['epoch'] for r in lines] == list(range(1, epochs + 1)) and lines == content(out)['history']
 
 @pytest.fixture(scope='module')
 def through(tmp_path_factory):
@@ -76,7 +81,8 @@ script = textwrap.dedent('''
 
 def process(out, where='nowhere', n=0):
     env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-c', script, os.path.dirname(__file__), str(out), where, str(n)], capture_output=True, text=True, env=env, timeout=120)
+    command = [sys.executable, '-c', script, os.path.dirname(__file__), str(out), where, str(n)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
 
 @pytest.fixture(scope='module')
 def one_thread():
@@ -89,7 +95,7 @@ def test_killed_again_and_again(tmp_path, one_thread):
     fit(tmp_path/'through')
     expected = bits(tmp_path/'through')
     with pytest.raises(KeyboardInterrupt):   # the weights to start from are on disk before the first step
-        UltimateTrainer(network(), config(), tmp_path/'killed', 'cpu').fit(batches, interrupt, validate)
+        trainer(tmp_path/'killed').fit(batches, interrupt, validate)
     for where, n in (('loss', 3), ('append', 2), ('validate', 2), ('fsync', 9), ('loss', 7)):
         r = process(tmp_path/'killed', where, n)
         assert r.returncode == -signal.SIGKILL, r.stderr
@@ -108,9 +114,10 @@ def test_interrupted_anywhere(through, tmp_path, stop):
     calls = 0
     def sometimes(m, batch):
         nonlocal calls
-        if (calls := calls + 1) == stop: raise KeyboardInterrupt
+        calls += 1
+        if calls == stop: raise KeyboardInterrupt
         return loss(m, batch)
-    t = UltimateTrainer(network(), config(), tmp_path, 'cpu')
+    t = trainer(tmp_path)
     with pytest.raises(KeyboardInterrupt): t.fit(batches, sometimes, validate)
     t.fit(batches, loss, validate)                     # the same object, its weights half an epoch on
     assert bits(tmp_path) == bits(through) and whole_history(tmp_path, 6)
@@ -118,21 +125,24 @@ def test_interrupted_anywhere(through, tmp_path, stop):
 def test_more_epochs(through, tmp_path):
     fit(tmp_path, epochs=2)
     fit(tmp_path, epochs=5)
-    h, _ = fit(tmp_path, epochs=6)
-    a, b = load(tmp_path/'checkpoint'), load(through/'checkpoint')
-    assert all(torch.equal(v, b[0][g][k]) for g in b[0] for k, v in a[0][g].items())
+    h = fit(tmp_path, epochs=6)
+    assert bits(tmp_path) == bits(through)
     assert whole_history(tmp_path, 6) and len(h) == 6
-    assert len(fit(tmp_path, epochs=3)[0]) == 6        # fewer: the run is as it is
+    assert len(fit(tmp_path, epochs=3)) == 6           # fewer: the run is as it is
 
 def test_same_seed_same_bits(through, tmp_path):
     torch.rand(7)                                      # what was drawn before does not matter
-    assert bits(through) == (fit(tmp_path/'a'), bits(tmp_path/'a'))[1]
-    assert bits(through) != (fit(tmp_path/'b', seed=1), bits(tmp_path/'b'))[1]
+    fit(tmp_path/'a')
+    fit(tmp_path/'b', seed=1)
+    assert bits(tmp_path/'a') == bits(through)
+    assert bits(tmp_path/'b') != bits(through)
 
 def test_random_state_is_left_alone(tmp_path):
     model = network()
-    torch.manual_seed(5); expected = torch.rand(3)
-    torch.manual_seed(5); fit(tmp_path, model)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit(tmp_path, model)
     assert torch.equal(torch.rand(3), expected)
 
 def test_batches_and_noise_depend_on_seed_and_epoch(tmp_path):
@@ -140,7 +150,8 @@ def test_batches_and_noise_depend_on_seed_and_epoch(tmp_path):
     def record(epoch, generator):
         seen[epoch].append(torch.rand(3, generator=generator).tolist())
         return batches(epoch, generator)
-    for out, seed in (('a', 0), ('b', 0), ('c', 1)): UltimateTrainer(network(), config(epochs=2, seed=seed), tmp_path/out, 'cpu').fit(record, loss, validate)
+    for out, seed in (('a', 0), ('b', 0), ('c', 1)):
+        trainer(tmp_path/out, epochs=2, seed=seed).fit(record, loss, validate)
     for e in (1, 2): assert seen[e][0] == seen[e][1] != seen[e][2]
     assert seen[1][0] != seen[2][0]
 
@@ -149,7 +160,9 @@ def test_batches_and_noise_depend_on_seed_and_epoch(tmp_path):
 def test_damaged_newest_generation(through, tmp_path):
     fit(tmp_path, epochs=4)
     path = generations(tmp_path/'checkpoint')[-1]/'optimizer.safetensors'
-    data = bytearray(path.read_bytes()); data[-1] ^= 4; path.write_bytes(data)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(data)
     with pytest.warns(UserWarning, match='was loaded instead'): fit(tmp_path)
     assert bits(tmp_path) == bits(through) and whole_history(tmp_path, 6)
 
@@ -167,23 +180,30 @@ def test_torn_history(through, tmp_path):
 
 # ---- other runs, other trainers
 
-@pytest.mark.parametrize('kw, says', [(dict(seed=3), 'seed=0 there and 3 now'), (dict(lr=0.02, clip=2.), 'lr=0.01 there and 0.02 now; clip=1.0 there and 2.0 now'), (dict(amp=True), 'amp=False')])
+@pytest.mark.parametrize('kw, says', [
+    (dict(seed=3), 'seed=0 there and 3 now'),
+    (dict(lr=0.02, clip=2.), 'lr=0.01 there and 0.02 now; clip=1.0 there and 2.0 now'),
+    (dict(amp=True), 'amp=False'),
+], ids=str)
 def test_other_settings(through, kw, says):
     before = bits(through)
     with pytest.raises(TrainerError, match=says): fit(through, **kw)
     assert bits(through) == before
 
-def test_other_model(through):
-    with pytest.raises(TrainerError, match=r'tensors of the model, first 0.weight: \[16, 4\] float32 there and \[17, 4\] float32 now'): fit(through, network(width=17))
-    with pytest.raises(TrainerError, match='first 0.weight: .* now'): fit(through, network().double())
-    with pytest.raises(TrainerError, match='absent'): fit(through, nn.Sequential(network(), nn.Linear(2, 2)))
+@pytest.mark.parametrize('model, says', [
+    (network(width=17), r'tensors of the model, first 0.weight: \[16, 4\] float32 there and \[17, 4\] float32 now'),
+    (network().double(), 'first 0.weight: .* float32 there and .* float64 now'),
+    (nn.Sequential(network(), nn.Linear(2, 2)), 'absent'),
+], ids=['wider', 'double', 'deeper'])
+def test_other_model(through, model, says):
+    with pytest.raises(TrainerError, match=says): fit(through, model)
 
 def test_two_trainers_on_one_folder(tmp_path):
     def second(m):
         with pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): fit(tmp_path)
         return validate(m)
     with lock(tmp_path):                               # who owns the folder for a job may train in it
-        UltimateTrainer(network(), config(epochs=1), tmp_path, 'cpu').fit(batches, loss, second)
+        trainer(tmp_path, epochs=1).fit(batches, loss, second)
     fit(tmp_path, epochs=1)                            # released
 
 # ---- what the loop decides
@@ -197,71 +217,102 @@ def test_early_stop_and_best_weights(tmp_path):
     def remember(m):
         kept.append({k: v.clone() for k, v in m.state_dict().items()})
         return dict(loss=[5, 3, 4, 2, 2, 2.5, 9, 1][len(kept) - 1])
-    t = UltimateTrainer(network(), config(epochs=20, patience=3), tmp_path, 'cpu')
+    t = trainer(tmp_path, epochs=20, patience=3)
     h = t.fit(batches, loss, remember)
     assert h.valid_loss.tolist() == [5, 3, 4, 2, 2, 2.5, 9]    # stopped three epochs after the best
-    assert all(torch.equal(v, kept[3][k]) for k, v in t.model.state_dict().items()) and not t.model.training
+    assert all(torch.equal(v, kept[3][k]) for k, v in t.model.state_dict().items())
+    assert not t.model.training
 
 def test_validation_is_an_evaluation(tmp_path):
     "Dropout off, no gradients; and back to training for the next epoch"
     modes = []
-    def look(m, b): modes.append(m.training); return loss(m, b)
-    def validated(m): modes.append((m.training, torch.is_grad_enabled())); return validate(m)
-    UltimateTrainer(network(), config(epochs=2), tmp_path, 'cpu').fit(batches, look, validated)
-    assert modes == [True] * 4 + [(False, False)] + [True] * 4 + [(False, False)]
+    def look(m, b):
+        modes.append(m.training)
+        return loss(m, b)
+    def validated(m):
+        modes.append((m.training, torch.is_grad_enabled()))
+        return validate(m)
+    trainer(tmp_path, epochs=2).fit(batches, look, validated)
+    epoch = [True] * 4 + [(False, False)]
+    assert modes == epoch + epoch
 
 def test_learning_rate_floor(tmp_path):
-    t = UltimateTrainer(network(), config(epochs=12, lr=0.01, lr_factor=0.1, min_lr=1e-5), tmp_path, 'cpu')
+    t = trainer(tmp_path, epochs=12, lr=0.01, lr_factor=0.1, min_lr=1e-5)
     h = t.fit(batches, loss, scripted([1.] * 12))
     assert h.lr.tolist() == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4] + [1e-5] * 8)
 
 def test_validation_not_finite(tmp_path):
-    t = UltimateTrainer(network(), config(epochs=4), tmp_path/'a', 'cpu')
-    h = t.fit(batches, loss, scripted([math.nan, 2., math.inf, 3.]))
-    assert h.valid_loss.tolist()[1::2] == [2, 3] and load(tmp_path/'a'/'checkpoint')[1]['best_epoch'] == 2
-    again = UltimateTrainer(network(), config(epochs=4), tmp_path/'a', 'cpu').fit(None, None, None)
-    assert again.valid_loss.isna().tolist() == [True, False, True, False] and again.valid_loss.dtype == float   # in JSON they are null
-    with pytest.raises(TrainerError, match='none of 2 epochs'): UltimateTrainer(network(), config(epochs=2), tmp_path/'b', 'cpu').fit(batches, loss, scripted([math.nan] * 2))
-    with pytest.raises(TrainerError, match='none of 2 epochs'): UltimateTrainer(network(), config(epochs=2), tmp_path/'b', 'cpu').fit(batches, loss, validate)
+    h = trainer(tmp_path, epochs=4).fit(batches, loss, scripted([math.nan, 2., math.inf, 3.]))
+    assert h.valid_loss.tolist()[1::2] == [2, 3] and content(tmp_path)['best_epoch'] == 2
+    again = trainer(tmp_path, epochs=4).fit(None, None, None)
+    assert again.valid_loss.isna().tolist() == [True, False, True, False]   # in JSON they are null
+    assert again.valid_loss.dtype == float
+
+def test_no_epoch_was_finite(tmp_path):
+    with pytest.raises(TrainerError, match='none of 2 epochs'):
+        trainer(tmp_path, epochs=2).fit(batches, loss, scripted([math.nan] * 2))
+    with pytest.raises(TrainerError, match='none of 2 epochs'):
+        trainer(tmp_path, epochs=2).fit(batches, loss, validate)      # the run is finished, whatever is asked now
 
 def test_resume_before_any_best(tmp_path):
     "An infinite best loss survives JSON"
-    with pytest.raises(StopIteration): UltimateTrainer(network(), config(epochs=3), tmp_path, 'cpu').fit(batches, loss, scripted([math.nan]))
-    h = UltimateTrainer(network(), config(epochs=3), tmp_path, 'cpu').fit(batches, loss, scripted([1e30, 2.]))
-    assert len(h) == 3 and load(tmp_path/'checkpoint')[1]['best_loss'] == 2
+    with pytest.raises(StopIteration): trainer(tmp_path, epochs=3).fit(batches, loss, scripted([math.nan]))
+    h = trainer(tmp_path, epochs=3).fit(batches, loss, scripted([1e30, 2.]))
+    assert len(h) == 3 and content(tmp_path)['best_loss'] == 2
 
-def test_bad_batches(tmp_path):
+def spoilt(batch): return batch | dict(x=batch['x'] * math.nan)
+
+def test_one_bad_batch_an_epoch(tmp_path):
     def some(epoch, generator):
-        for i, b in enumerate(batches(epoch, generator)): yield b | dict(x=b['x'] * math.nan) if i == 1 else b
-    h = UltimateTrainer(nn.Linear(4, 2), config(epochs=2), tmp_path/'a', 'cpu').fit(some, loss, validate)
+        for i, b in enumerate(batches(epoch, generator)): yield spoilt(b) if i == 1 else b
+    h = trainer(tmp_path, nn.Linear(4, 2), epochs=2).fit(some, loss, validate)
     assert h.skipped.tolist() == [1, 1] and h.train_loss.notna().all()
-    def all_of_them(epoch, generator): return (b | dict(x=b['x'] * (math.nan if epoch == 3 else 1)) for _ in range(3) for b in batches(epoch, generator))
-    t = UltimateTrainer(nn.Linear(4, 2), config(), tmp_path/'b', 'cpu')
-    with pytest.raises(TrainerError, match='not finite in 5 batches in a row, after 0 good steps .loss nan'): t.fit(all_of_them, loss, validate)
-    assert len(load(tmp_path/'b'/'checkpoint')[1]['history']) == 2   # the epochs before are kept
+
+def test_nothing_but_bad_batches(tmp_path):
+    def bad_from_the_third(epoch, generator):
+        for _ in range(3):
+            for b in batches(epoch, generator): yield spoilt(b) if epoch == 3 else b
+    t = trainer(tmp_path, nn.Linear(4, 2))
+    with pytest.raises(TrainerError, match='not finite in 5 batches in a row, after 0 good steps .loss nan'):
+        t.fit(bad_from_the_third, loss, validate)
+    assert len(content(tmp_path)['history']) == 2      # the epochs before are kept
 
 def test_an_infinite_gradient_is_skipped():
+    "The slope of a root at 0: a finite loss, a gradient that is not"
     m = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(m.weight)
-    r = train_epoch(m, [torch.zeros(1, 1), torch.ones(1, 1)], lambda m, x: (m(x) + x).sqrt().sum(), torch.optim.SGD(m.parameters(), lr=0.1))
-    assert r['skipped'] == 1 and torch.isfinite(m.weight).all()      # the slope of a root at 0: a finite loss, a gradient that is not
+    def root(m, x): return (m(x) + x).sqrt().sum()
+    sgd = torch.optim.SGD(m.parameters(), lr=0.1)
+    r = train_epoch(m, [torch.zeros(1, 1), torch.ones(1, 1)], root, sgd)
+    assert r['skipped'] == 1 and torch.isfinite(m.weight).all()
 
-def test_bad_callbacks(tmp_path):
-    with pytest.raises(TrainerError, match="must return 'loss', got \\['mse'\\]"): UltimateTrainer(network(), config(), tmp_path/'a', 'cpu').fit(batches, loss, lambda m: dict(mse=1.))
-    with pytest.raises(TrainerError, match='had no batches'): UltimateTrainer(network(), config(), tmp_path/'b', 'cpu').fit(lambda e, g: [], loss, validate)
-    with pytest.raises(TrainerError, match=r'got Tensor \(16, 2\)'): UltimateTrainer(network(), config(), tmp_path/'c', 'cpu').fit(batches, lambda m, b: m(b['x']), validate)
-    with pytest.raises(TrainerError, match='with a gradient'): UltimateTrainer(network(), config(), tmp_path/'d', 'cpu').fit(batches, lambda m, b: loss(m, b).detach(), validate)
+def no_batches(epoch, generator): return []
+def logits(m, b): return m(b['x'])
+def constant(m, b): return loss(m, b).detach()
+def mse_alone(m): return dict(mse=1.)
+
+@pytest.mark.parametrize('callbacks, says', [
+    ((batches, loss, mse_alone), r"must return 'loss', got \['mse'\]"),
+    ((no_batches, loss, validate), 'had no batches'),
+    ((batches, logits, validate), r'got Tensor \(16, 2\)'),
+    ((batches, constant, validate), 'with a gradient'),
+], ids=['no loss', 'no batches', 'no scalar', 'no gradient'])
+def test_bad_callbacks(tmp_path, callbacks, says):
+    with pytest.raises(TrainerError, match=says): trainer(tmp_path).fit(*callbacks)
 
 def test_parts_and_the_printed_line(tmp_path, capsys):
     def with_parts(m, b):
         v = loss(m, b)
         return v, dict(double=2 * v, one=1)
-    h = UltimateTrainer(network(), config(epochs=2), tmp_path, 'cpu').fit(batches, with_parts, scripted([3., 4.]))
-    assert h.train_double.tolist() == pytest.approx((2 * h.train_loss).tolist()) and h.train_one.tolist() == [1, 1]
-    assert list(h) == ['epoch', 'train_double', 'train_one', 'train_loss', 'valid_loss', 'valid_score', 'lr', 'skipped', 'seconds']
+    h = trainer(tmp_path, epochs=2).fit(batches, with_parts, scripted([3., 4.]))
+    assert h.train_double.tolist() == pytest.approx((2 * h.train_loss).tolist())
+    assert h.train_one.tolist() == [1, 1]
+    parts = ['train_double', 'train_one', 'train_loss', 'valid_loss', 'valid_score']
+    assert list(h) == ['epoch', *parts, 'lr', 'skipped', 'seconds']
     out, err = capsys.readouterr()
     first, second = out.splitlines()
-    assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  lr 1.0e-02  ' in first and first.endswith('  best') and not second.endswith('best')
+    assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  lr 1.0e-02  ' in first
+    assert first.endswith('  best') and not second.endswith('best')
     assert err == ''                                   # no bar where there is no terminal
 
 def test_a_bar_at_a_terminal(tmp_path, capsys, monkeypatch):
@@ -269,55 +320,85 @@ def test_a_bar_at_a_terminal(tmp_path, capsys, monkeypatch):
     fit(tmp_path, epochs=1)
     assert 'epoch 1' in capsys.readouterr().err
 
-def test_frozen_and_one_dimensional_parameters(tmp_path):
+def test_frozen_parameters(tmp_path):
     m = network()
     m[0].requires_grad_(False)
     before = m[0].weight.clone()
-    fit(tmp_path/'a', m)
+    fit(tmp_path, m)
     assert torch.equal(m[0].weight, before)
-    class Scale(nn.Module):
-        def __init__(self): super().__init__(); self.s = nn.Parameter(torch.zeros(()))
-    s = Scale()
-    UltimateTrainer(s, config(epochs=60, lr=0.1, lr_patience=60), tmp_path/'b', 'cpu').fit(lambda e, g: [0] * 4, lambda m, b: (m.s - 2).square(), lambda m: dict(loss=(m.s - 2).square()))
-    assert s.s.item() == pytest.approx(2, abs=0.05)    # no matrix at all
 
-def test_overfits_one_batch(tmp_path):
+def test_no_matrix_at_all(tmp_path):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.s = nn.Parameter(torch.zeros(()))
+    def four(epoch, generator): return [None] * 4
+    def distance(m, batch=None): return (m.s - 2).square()
+    s = Scale()
+    trainer(tmp_path, s, epochs=60, lr=0.1, lr_patience=60).fit(four, distance, lambda m: dict(loss=distance(m)))
+    assert s.s.item() == pytest.approx(2, abs=0.05)
+
+@pytest.mark.parametrize('seed', range(3))
+def test_overfits_one_batch(tmp_path, seed):
+    torch.manual_seed(seed)
     m = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
     one = dict(x=X[:16], y=torch.arange(16) % 2)       # labels without reason
-    UltimateTrainer(m, config(epochs=40, lr=0.02, lr_patience=9), tmp_path, 'cpu').fit(lambda e, g: [one] * 10, loss, lambda m: dict(loss=loss(m, one)))
+    def ten(epoch, generator): return [one] * 10
+    t = trainer(tmp_path, m, epochs=40, lr=0.02, lr_patience=9, seed=seed)
+    t.fit(ten, loss, lambda m: dict(loss=loss(m, one)))
     assert loss(m, one).item() < 0.01
 
 # ---- devices
 
 def test_nested_batches():
     Pair = collections.namedtuple('Pair', 'a b')
-    meta, t = torch.device('meta'), torch.ones(2)
-    out = to_device(dict(p=Pair(t, [t, (t, 'x')]), n=3), meta)
-    assert isinstance(out['p'], Pair) and out['p'].a.device == out['p'].b[0].device == out['p'].b[1][0].device == meta and out['n'] == 3 and out['p'].b[1][1] == 'x'
+    meta = torch.device('meta')
+    t = torch.ones(2)
+    out = to_device(dict(pair=Pair(t, [t, (t, 'x')]), n=3), meta)
+    pair = out['pair']
+    assert isinstance(pair, Pair) and out['n'] == 3
+    first, (second, text) = pair.b
+    assert pair.a.device == first.device == second.device == meta and text == 'x'
 
 def test_devices():
-    assert pick_device('cpu') == torch.device('cpu') and pick_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
-    for bad in ('gpu', 'meta', '', 'cuda:x'):
-        with pytest.raises(TrainerError, match='device must be'): pick_device(bad)
-    with pytest.raises(TrainerError, match='is not there'): pick_device('cuda:64')
+    assert pick_device('cpu') == torch.device('cpu')
+    assert pick_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+@pytest.mark.parametrize('device, says', [
+    ('gpu', 'device must be'),
+    ('meta', 'device must be'),
+    ('', 'device must be'),
+    ('cuda:x', 'device must be'),
+    ('cuda:64', 'is not there'),
+])
+def test_no_such_device(device, says):
+    with pytest.raises(TrainerError, match=says): pick_device(device)
 
 def test_autocast():
     "bfloat16 in the forward pass, float32 in the weights"
-    m, seen = network(), []
+    m = network()
+    seen = []
     def look(m, b):
         out = m(b['x'])
         seen.append(out.dtype)
         return F.cross_entropy(out.float(), b['y'])
     train_epoch(m, batches(1, torch.Generator()), look, torch.optim.SGD(m.parameters(), lr=0.1), amp=True)
-    assert seen == [torch.bfloat16] * 4 and all(p.dtype == p.grad.dtype == torch.float32 for p in m.parameters())
+    assert seen == [torch.bfloat16] * 4
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in m.parameters())
 
 def test_seeds_differ():
-    assert len({epoch_seed(s, e, p) for s in range(20) for e in range(1, 101) for p in ('batches', 'noise')}) == 4000
+    purposes = ('batches', 'noise')
+    seeds = {epoch_seed(s, e, p) for s in range(20) for e in range(1, 101) for p in purposes}
+    assert len(seeds) == 20 * 100 * 2
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 @pytest.mark.parametrize('amp', [False, True])
 def test_cuda(tmp_path, amp):
-    m = network()
-    UltimateTrainer(m, config(epochs=3, amp=amp), tmp_path, 'cuda').fit(batches, loss, lambda m: dict(loss=F.cross_entropy(m(X[64:].cuda()), Y[64:].cuda())))
-    h = UltimateTrainer(network(), config(epochs=6, amp=amp), tmp_path, 'cuda').fit(batches, loss, lambda m: dict(loss=F.cross_entropy(m(X[64:].cuda()), Y[64:].cuda())))
+    x, y = X[64:].cuda(), Y[64:].cuda()
+    def validate(m): return dict(loss=F.cross_entropy(m(x), y))
+    def fit(epochs):
+        t = UltimateTrainer(network(), config(epochs=epochs, amp=amp), tmp_path, 'cuda')
+        return t.fit(batches, loss, validate)
+    fit(3)
+    h = fit(6)
     assert len(h) == 6 and h.train_loss.iloc[-1] < h.train_loss.iloc[0]

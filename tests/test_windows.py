@@ -7,12 +7,27 @@ from cryptoml.windows import Scaler, Windows, batches, dates, grid, missing, rel
 
 def make(N, T, F, L, K, step, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Windows(torch.randn(N, T, F, generator=g), torch.randn(T + K * step, 4, generator=g), torch.randn(N, 3, 2, generator=g), torch.randn(N, N, 3, 2, generator=g),
-                   torch.arange(T) * 3 // T, torch.rand(N, T, generator=g) > .3, dict(y=torch.randn(N, T, 2, generator=g), k=torch.randint(3, (N, T), generator=g)), L, K, step)
+    past = torch.randn(N, T, F, generator=g)
+    future = torch.randn(T + K * step, 4, generator=g)
+    static = torch.randn(N, 3, 2, generator=g)
+    pairs = torch.randn(N, N, 3, 2, generator=g)
+    month = torch.arange(T) * 3 // T
+    usable = torch.rand(N, T, generator=g) > .3
+    labels = dict(y=torch.randn(N, T, 2, generator=g), k=torch.randint(3, (N, T), generator=g))
+    return Windows(past, future, static, pairs, month, usable, labels, L, K, step)
 
 
 @settings(max_examples=60, deadline=None)
-@given(N=st.integers(1, 4), extra=st.integers(0, 30), F=st.integers(1, 5), L=st.integers(1, 12), K=st.integers(1, 4), step=st.integers(1, 5), W=st.integers(1, 4), apart=st.integers(1, 6), seed=st.integers(0, 99))
+@given(
+    N=st.integers(1, 4),
+    extra=st.integers(0, 30),
+    F=st.integers(1, 5),
+    L=st.integers(1, 12),
+    K=st.integers(1, 4),
+    step=st.integers(1, 5),
+    W=st.integers(1, 4),
+    apart=st.integers(1, 6),
+    seed=st.integers(0, 99))
 def test_batch_is_slicing(N, extra, F, L, K, step, W, apart, seed):
     T = L + (W - 1) * apart + extra
     w = make(N, T, F, L, K, step, seed)
@@ -20,21 +35,37 @@ def test_batch_is_slicing(N, extra, F, L, K, step, W, apart, seed):
     b = w.batch(first, W, apart)
     for i, d in enumerate(first.tolist()):
         assert torch.equal(b['past'][i], w.past[:, d - L + 1:d + (W - 1) * apart + 1])
-        assert torch.equal(b['static'][i], w.static[:, w.month[d]]) and torch.equal(b['pairs'][i], w.pairs[:, :, w.month[d]])
+        assert torch.equal(b['static'][i], w.static[:, w.month[d]])
+        assert torch.equal(b['pairs'][i], w.pairs[:, :, w.month[d]])
         for j in range(W):
             t = d + j * apart
             assert torch.equal(b['future'][i, j, :, :4], w.future[[t + step * k for k in range(1, K + 1)]])
-            assert torch.equal(b['y'][i, j], w.labels['y'][:, t]) and torch.equal(b['k'][i, j], w.labels['k'][:, t]) and torch.equal(b['present'][i, j], w.usable[:, t])
+            assert torch.equal(b['y'][i, j], w.labels['y'][:, t])
+            assert torch.equal(b['k'][i, j], w.labels['k'][:, t])
+            assert torch.equal(b['present'][i, j], w.usable[:, t])
 
 
 @settings(max_examples=60, deadline=None)
-@given(T=st.integers(1, 120), L=st.integers(1, 20), W=st.integers(1, 4), apart=st.integers(1, 6), seed=st.integers(0, 999))
+@given(
+    T=st.integers(1, 120),
+    L=st.integers(1, 20),
+    W=st.integers(1, 4),
+    apart=st.integers(1, 6),
+    seed=st.integers(0, 999))
 def test_runs_by_a_loop(T, L, W, apart, seed):
     rng = np.random.default_rng(seed)
-    ok, rows, bar = rng.random((2, T)) < .3, rng.random(T) < .9, np.arange(T) + rng.integers(1000)
+    ok = rng.random((2, T)) < .3
+    rows = rng.random(T) < .9
+    bar = np.arange(T) + rng.integers(1000)
+
+    def possible(t):
+        decisions = [t + j * apart for j in range(W)]
+        whole = all(d < T and rows[d] for d in decisions)
+        return whole and any(ok[:, d].any() for d in decisions)
+
     met = []
     for phase in range(W * apart):
-        want = [t for t in range(L - 1, T) if bar[t] % (W * apart) == phase and all(t + j * apart < T and rows[t + j * apart] for j in range(W)) and any(ok[:, t + j * apart].any() for j in range(W))]
+        want = [t for t in range(L - 1, T) if bar[t] % (W * apart) == phase and possible(t)]
         assert dates(ok, rows, bar, L, W, apart, phase).tolist() == want
         met += want
     assert len(met) == len(set(met))
@@ -44,9 +75,15 @@ def test_runs_by_a_loop(T, L, W, apart, seed):
 @given(seed=st.integers(0, 999), stride=st.integers(1, 9))
 def test_phases_hold_each_sample_once(seed, stride):
     rng = np.random.default_rng(seed)
-    ok, bar = rng.random((3, 50)) < .7, np.arange(50) + rng.integers(1000)
-    parts = torch.cat([grid(ok, bar, stride, p) for p in range(stride)])
-    assert torch.equal(parts.sort().values, grid(ok, bar)) and len(parts) == ok.sum()
+    ok = rng.random((3, 50)) < .7
+    bar = np.arange(50) + rng.integers(1000)
+    met = np.zeros(ok.shape, int)
+    for phase in range(stride):
+        part = grid(ok, bar, stride, phase)
+        assert (bar[part.bar] % stride == phase).all()
+        met[part.coin, part.bar] += 1
+    assert np.array_equal(met, ok.astype(int))
+    assert np.array_equal(grid(ok, bar).of(met), np.ones(ok.sum()))
 
 
 def test_later_bars_do_not_reach_the_past():
@@ -82,13 +119,20 @@ def test_relations_by_a_loop(holes):
     s = int(np.flatnonzero(time.month == 2)[0])
     for m, first in enumerate([0, s, int(np.flatnonzero(time.month == 3)[0])]):
         r = pd.DataFrame(ret[:, max(0, first - 720):first].T)
-        if not len(r): assert not got[:, :, m].any(); continue
-        z = r - r.mean(); market = z.mean(axis=1)
-        rest = pd.DataFrame({i: z[i] - market * (z[i] * market).sum() / (market[z[i].notna()] ** 2).sum() for i in z})
-        rest = (rest / np.sqrt((rest ** 2).mean())).clip(-3, 3); unit = z / np.sqrt((z ** 2).mean())
+        if not len(r):
+            assert not got[:, :, m].any()
+            continue
+        z = r - r.mean()
+        market = z.mean(axis=1)
+        beta = {i: (z[i] * market).sum() / (market[z[i].notna()] ** 2).sum() for i in z}
+        rest = pd.DataFrame({i: z[i] - market * beta[i] for i in z})
+        rest = (rest / np.sqrt((rest ** 2).mean())).clip(-3, 3)
+        unit = z / np.sqrt((z ** 2).mean())
         for i in range(4):
             for j in range(4):
-                if i == j: assert not got[i, j, m].any(); continue
+                if i == j:
+                    assert not got[i, j, m].any()
+                    continue
                 assert abs(got[i, j, m, 0] - (unit[i] * unit[j]).mean()) < 1e-5
                 after = (rest[i] * rest[j].shift(1)).dropna()
                 assert abs(got[i, j, m, 1] - after.sum() / np.sqrt(len(after))) < 1e-4
@@ -96,17 +140,24 @@ def test_relations_by_a_loop(holes):
 
 def test_relations_of_a_month_know_earlier_months_only_and_no_order():
     time, close = panel(5, 1, .05)
-    base, order = relate(time, close), [3, 1, 4, 0, 2]
+    base = relate(time, close)
+    order = [3, 1, 4, 0, 2]
     assert np.allclose(relate(time, close[order]), base[order][:, order], atol=1e-5)
-    late = close.copy(); late[:, time.month == 3] *= 7
+    late = close.copy()
+    late[:, time.month == 3] *= 7
     assert np.array_equal(relate(time, late)[:, :, :3], base[:, :, :3])
 
 
 def test_relations_without_history_are_zero():
     time, close = panel(3, 2)
-    close[1, :] = np.nan; close[2, :24 * 16 - 50] = np.nan                  # one coin never, one for 50 bars of the first month
+    close[1, :] = np.nan                    # never there
+    close[2, :24 * 16 - 50] = np.nan        # there for 50 bars of the first month
     got = relate(time, close)
-    assert np.isfinite(got).all() and not got[1].any() and not got[:, 1].any() and not got[2, :, 1].any() and got[2, 0, 2].any()
+    assert np.isfinite(got).all()
+    assert not got[1].any()
+    assert not got[:, 1].any()
+    assert not got[2, :, 1].any()
+    assert got[2, 0, 2].any()
     assert relate(time, close[:1]).shape == (1, 1, 3, 2)
 
 
@@ -124,7 +175,9 @@ def test_scale_never_sees_later_rows(seed):
     b = Scaler.fit(y, rows)
     assert np.array_equal(a.center, b.center) and np.array_equal(a.scale, b.scale)
     z = a(x)
-    assert np.isfinite(z).all() and np.abs(z).max() <= a.clip and (z[np.isnan(x)] == 0).all()
+    assert np.isfinite(z).all()
+    assert np.abs(z).max() <= a.clip
+    assert (z[np.isnan(x)] == 0).all()
 
 
 def test_missing_share_and_bad_input():

@@ -1,0 +1,171 @@
+"The newest bar by a network that learnt nothing: what is said of its defects, and what must not change a forecast"
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cryptoml.data import DataError, clean, to_panel
+from cryptoml.forecaster import ForecasterConfig, begin, forecast, make_inputs, needed_history
+from cryptoml.newest import (SPARE, Faulty, Ready, Snapshot, TooShort, bar_faults, examine, look, others_masked,
+                             predict_newest, recent_bars)
+from cryptoml.simulate import simulate
+from cryptoml.study import Terms
+from cryptoml.targets import trailing_sigma
+from cryptoml.windows import Samples
+
+H = pd.Timedelta('1h')
+S = 'BTC/USDT'
+SYMBOLS = ['BTC/USDT', 'ETH/USDT', 'SHIB/USDT']
+
+@pytest.fixture(scope='module')
+def world():
+    "An untrained model of three coins, their bars, and the close of the newest of them"
+    torch.set_num_threads(1)
+    market = simulate(n_symbols=3, n_bars=2600, seed=3)
+    assert market.symbols == SYMBOLS
+    panel = to_panel(market.bars)
+    inputs = make_inputs(panel)
+    f = begin(inputs, panel.mask, ForecasterConfig())
+    never = np.isnan(f.pick(inputs).x).all(1)                # Bitcoin is not compared with itself [N, F]
+    terms = Terms(
+        symbols=SYMBOLS,
+        timeframe='1h',
+        trained_until=panel.time[2000].isoformat(),
+        data_until=panel.time[2400].isoformat(),
+        round_trip=.0014,
+        threshold=None,
+        importance={f.names[0]: .01},
+        verdict='INCONCLUSIVE',
+        absent={symbol: list(np.array(f.names)[gone]) for symbol, gone in zip(SYMBOLS, never)},
+    )
+    return Snapshot(f, terms), market.bars.reset_index(drop=True), panel.time[-1] + H
+
+def of(bars, symbol=S): return np.flatnonzero(bars['symbol'] == symbol)
+
+def changed(bars, column, value, symbol=S):
+    "The bars with other values in the newest row of a coin"
+    b = bars.astype({c: float for c in bars.columns if c not in ('time', 'symbol')})
+    b.loc[of(b, symbol)[-1], column] = value
+    return b
+
+# ---- without a model
+
+@pytest.fixture
+def walk():
+    "Thirty bars of one coin"
+    rng = np.random.default_rng(0)
+    close = 100 * np.exp(rng.normal(0, .01, 30).cumsum())
+    time = pd.date_range('2024-01-01', periods=30, freq='h', tz='UTC').as_unit('us')
+    prices = dict(open=close, high=close * 1.01, low=close * .99, close=close)
+    return pd.DataFrame(dict(time=time, symbol=S, **prices, volume=1.))
+
+def faults_of(bars, now):
+    good, report = clean(bars, '1h', now)
+    last = good['time'].max() if len(good) else None
+    return bar_faults(bars, report.defects, last, now, H)
+
+NEWEST = '(2024-01-02 05:00)'
+
+@pytest.mark.parametrize('column, value, expected', [
+    ('close', np.nan, f'NaN in close of the newest bar {NEWEST}'),
+    ('volume', np.inf, f'infinite in volume of the newest bar {NEWEST}'),
+    ('low', 0., f'zero or negative price in low of the newest bar {NEWEST}'),
+    ('volume', -1., f'negative in volume of the newest bar {NEWEST}'),
+    ('volume', 0., f'zero volume in the newest bar {NEWEST}'),
+])
+def test_faults_of_the_newest_bar(walk, column, value, expected):
+    now = walk['time'].max() + H
+    assert faults_of(walk, now) == []
+    assert faults_of(changed(walk, column, value), now) == [expected]
+
+def test_a_bar_in_progress_is_no_fault_of_the_one_before(walk):
+    half_past = walk['time'].max() + H / 2
+    assert faults_of(walk, half_past) == []
+    assert faults_of(changed(walk, 'close', np.nan), half_past) == []
+
+def test_bars_that_open_in_the_future(walk):
+    hours_behind = walk['time'].max() - 3 * H
+    assert faults_of(walk, hours_behind) == ['future bar: 3 bars open after the time now, first 2024-01-02 03:00']
+
+@pytest.mark.parametrize('need', [1, 3, 30, 100])
+def test_recent_bars_go_back_from_the_newest_closed(walk, need):
+    half_past = walk['time'].max() + H / 2                   # the newest is in progress
+    bars = recent_bars(walk, S, [S], need, H, half_past)
+    assert len(bars) == min(need + 1, 30)
+    assert bars['time'].max() == walk['time'].max()
+
+@pytest.mark.parametrize('can, there, expected', [
+    ([1, 1, 1], [4, 4, 4], []),
+    ([0, 1, 1], [2, 4, 4], []),                              # of the coin itself nothing is said here
+    ([1, 1, 1], [4, 3, 4], ['B lacks 1 of the last 4 bars']),
+    ([1, 1, 0], [4, 2, 4], ['B lacks 2 of the last 4 bars', 'C cannot be read at this bar']),
+])
+def test_what_other_coins_lack(can, there, expected):
+    window = np.arange(4) < np.array(there)[:, None]
+    assert others_masked(['A', 'B', 'C'], 'A', np.array(can, bool), window) == expected
+
+# ---- by a model
+
+def test_it_is_the_forecast_of_the_whole_history(world):
+    "Of each coin, from no more bars than are needed, whatever comes later and in any order of rows"
+    model, bars, now = world
+    f = model.forecaster
+    panel = to_panel(bars)
+    newest = Samples(np.arange(3), np.full(3, len(panel.time) - 1))
+    whole = forecast(f, make_inputs(panel), trailing_sigma(panel), newest, each=True)
+    enough = bars[bars['time'] >= now - (needed_history(f, H) + SPARE) * H]
+    found = predict_newest(model, enough.sample(frac=1, random_state=0), None, now)
+    for i, symbol in enumerate(panel.symbols):
+        p = found[symbol]
+        assert p['faults'] == [] and p['notes'] == []
+        assert p['data_time'] == now.isoformat()
+        np.testing.assert_allclose(p['size'], whole['size'][i], atol=1e-5)
+        np.testing.assert_allclose([list(d.values()) for d in p['direction']], whole['direction'][i], atol=1e-5)
+        np.testing.assert_allclose(p['relative_up'], whole['relative_direction'][i, :, 1], atol=1e-5)
+
+def test_of_one_coin_as_of_all(world):
+    model, bars, now = world
+    everyone = predict_newest(model, bars, None, now)
+    for symbol in SYMBOLS: assert predict_newest(model, bars, symbol, now) == {symbol: everyone[symbol]}
+
+def test_a_bar_of_the_training_is_in_sample(world):
+    model, bars, now = world
+    trained = pd.Timestamp(model.terms.trained_until)
+    at = {late: predict_newest(model, bars[bars['time'] < trained + late], S, trained + late)[S]
+          for late in (-H, 0 * H)}
+    assert {late: p['in_sample'] for late, p in at.items()} == {-H: True, 0 * H: False}
+
+@pytest.mark.parametrize('symbol', SYMBOLS)
+def test_ready_faulty_and_too_short(world, symbol):
+    model, bars, now = world
+    f, mine = model.forecaster, of(bars, symbol)
+    def seen(data): return examine(look(model, data, None, now), symbol)
+    ready = seen(bars)
+    assert isinstance(ready, Ready) and ready.notes == []
+    assert seen(bars.drop(mine)) == Faulty(None, [f'no bar of {symbol} in the data'])
+    no_close = seen(changed(bars, 'close', np.nan, symbol))
+    assert no_close.last == now - 2 * H
+    assert 'NaN in close' in no_close.faults[0]
+    need = needed_history(f, H)
+    assert isinstance(seen(bars.drop(mine[:-need])), Ready)
+    with pytest.raises(TooShort, match=f'{symbol}: {need - 1} bars of history, {need} are needed') as e:
+        seen(bars.drop(mine[:-need + 1]))
+    assert e.value.last == now - H
+
+def test_one_short_coin_does_not_stop_the_others(world):
+    "Asked for all it is said of the coin, asked for it alone it is an error"
+    model, bars, now = world
+    short = bars.drop(of(bars)[:-300])
+    found = predict_newest(model, short, None, now)
+    assert 'bars of history' in found[S]['faults'][0]
+    assert found['SHIB/USDT']['direction'] is not None
+    with pytest.raises(TooShort, match='300 bars of history'): predict_newest(model, short, S, now)
+
+@pytest.mark.parametrize('call, word', [
+    (lambda model, bars, now: predict_newest(model, bars, 'PEPE/USDT', now), 'not a coin of this model'),
+    (lambda model, bars, now: predict_newest(model, bars.drop(of(bars)), S, now), f'no bar of {S}'),
+    (lambda model, bars, now: predict_newest(model, bars, None, now, bars), 'leave extra out'),
+    (lambda model, bars, now: predict_newest(model, bars.drop(columns='symbol'), None, now), 'no symbol column'),
+], ids=['another coin', 'no bar of it', 'own columns', 'whose bars'])
+def test_calls_that_cannot_be_understood(world, call, word):
+    with pytest.raises(DataError, match=word): call(*world)
