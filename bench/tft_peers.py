@@ -160,5 +160,5 @@ def make(name, *sizes, seed=0, **more):
 
 def mean_pinball(forecast, y):
     "Mean quantile loss over outcomes and levels"
-    from cryptoml.tft import pinball                                  # not needed to say who is present
-    return pinball(forecast, y, QUANTILES).mean()
+    from cryptoml.tft import quantile_losses                                  # not needed to say who is present
+    return quantile_losses(forecast, y, QUANTILES).mean()

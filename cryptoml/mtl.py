@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .tft import ordered, pinball
+from .tft import ordered, quantile_losses
 
 # %% ../nbs/22_mtl.ipynb #596065d0
 def regression_nll(
@@ -116,7 +116,7 @@ def task_loss(
 ) -> Tensor:                       # Loss of each label [B, H]
     "Cross-entropy, squared error or mean quantile loss of each label"
     if task == 'relative': return (output - target).square()
-    if task == 'volatility': return pinball(output, target, quantiles).mean(-1)
+    if task == 'volatility': return quantile_losses(output, target, quantiles).mean(-1)
     if task == 'relative_direction':
         return F.binary_cross_entropy_with_logits(output, target.to(output), reduction='none')
     ce = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction='none')

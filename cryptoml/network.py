@@ -15,7 +15,8 @@ from .backtest import ROUND_TRIP
 from .baselines import LSTMPredictor, LinearPredictor, TransformerPredictor
 from .gat import DynamicGraph, GATConfig, GraphAttentionNetwork
 from .mtl import MultiTaskLearningHead, MultiTaskLoss, quantile_nll
-from .tft import GatedSkip, QuantileHead, TFTConfig, TFTOutput, TemporalFusionTransformer, overlapping, pinball
+from .tft import (GatedSkip, QuantileHead, TFTConfig, TFTOutput, TemporalFusionTransformer, overlapping,
+                          quantile_losses)
 
 # %% ../nbs/24_network.ipynb #cacf1148
 SIZES = dict(   # Name to widths and lookback
@@ -188,7 +189,7 @@ def path_loss(
 ) -> tuple[Tensor, Tensor]:   # Mean quantile loss of what is known, and the share that is
     "Quantile loss of the price's path"
     known = path.isfinite()
-    each = pinball(forecast, torch.where(known, path, 0), quantiles).mean(-1)
+    each = quantile_losses(forecast, torch.where(known, path, 0), quantiles).mean(-1)
     loss = torch.where(known, each, 0).sum() / known.sum().clamp(min=1)
     return loss, known.float().mean()
 

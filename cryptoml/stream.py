@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merge_gate', 'merge_network', 'merge_variables', 'merge_selection', 'merge_attention', 'merge_decoder', 'TFTStream',
-           'newest', 'NetworkStream']
+           'last_bars', 'NetworkStream']
 
 # %% ../nbs/25_stream.ipynb #4527d9dc
 from collections.abc import Callable
@@ -150,7 +150,7 @@ class TFTStream:
         if self.versions() != self.version:
             raise ValueError('the weights have changed since this stream began: begin a new one')
         x, weights = self.past(bars[:, -L:])
-        self.x, self.weights = newest(self.x, x, L), newest(self.weights, weights, L)
+        self.x, self.weights = last_bars(self.x, x, L), last_bars(self.weights, weights, L)
 
     @torch.inference_mode()
     def forecast(self, future: Tensor|None = None) -> TFTOutput:   # [S, K, n_future]
@@ -163,7 +163,7 @@ class TFTStream:
         return TFTOutput(psi, self.model.head(psi), self.weights, v_future, self.v_static, attention)
 
 # %% ../nbs/25_stream.ipynb #25cde260
-def newest(
+def last_bars(
     kept: Tensor|None,   # [S, t, n], nothing at first
     new: Tensor,         # [S, t', n]
     length: int,         # Bars to keep at most

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PART', 'PART_GROUPED', 'TFTConfig', 'TFTOutput', 'GatedSkip', 'GatedResidualNetwork', 'embed', 'embed_groups',
            'VariableWeights', 'VariableNetworks', 'VariableSelection', 'StaticEncoder', 'overlapping', 'LocalEncoder',
-           'InterpretableAttention', 'ordered', 'QuantileHead', 'pinball', 'quantile_loss', 'to_rows', 'to_bars',
-           'check_shapes', 'FusionLayers', 'TemporalFusionTransformer', 'variable_importance', 'permutation_importance',
-           'attention_by_lag', 'plot_importance', 'plot_attention']
+           'InterpretableAttention', 'ordered', 'QuantileHead', 'quantile_losses', 'quantile_loss', 'to_rows',
+           'to_bars', 'check_shapes', 'FusionLayers', 'TemporalFusionTransformer', 'variable_importance',
+           'permutation_importance', 'attention_by_lag', 'plot_importance', 'plot_attention']
 
 # %% ../nbs/20_tft.ipynb #7595e463
 from collections.abc import Callable
@@ -320,7 +320,7 @@ class QuantileHead(nn.Module):
         return ordered(self.linear(x))
 
 # %% ../nbs/20_tft.ipynb #cc51b71d
-def pinball(
+def quantile_losses(
     forecast: Tensor,              # [..., Q] quantile forecasts
     y: Tensor,                     # [...] outcomes
     quantiles: tuple[float, ...],  # Q levels inside (0, 1)
@@ -340,7 +340,7 @@ def quantile_loss(
     quantiles: tuple[float, ...],  # Q levels inside (0, 1)
 ) -> Tensor:                   # Scalar, in units of y
     "Sum over quantiles and mean over samples and steps of the quantile loss (Lim et al. 2019, eq. 24)"
-    return pinball(forecast, y, quantiles).sum(-1).mean()
+    return quantile_losses(forecast, y, quantiles).sum(-1).mean()
 
 # %% ../nbs/20_tft.ipynb #3a14471e
 def to_rows(

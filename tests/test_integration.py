@@ -16,7 +16,7 @@ import pytest, torch
 from conftest import ended, forked
 from examples import CLOCKS
 from cryptoml import integration, state, trainer
-from cryptoml.data import DataError, market_frame
+from cryptoml.data import CANDLE, PRICES, DataError, market_frame
 from cryptoml.forecaster import needed_history, save_forecaster
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.policy import Policy
@@ -28,8 +28,6 @@ proc = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads i
 
 H = pd.Timedelta('1h')
 S, OTHER = 'BTC/USDT', 'ETH/USDT'
-PRICES = ['open', 'high', 'low', 'close']
-BARS = [*PRICES, 'volume']
 CONFIG = dict(size='small', horizons=[12, 24], seed=1)
 LONG = 600    # Seconds after which something hangs: never a measure of speed
 
@@ -147,7 +145,7 @@ def also(desk, rows): return pd.concat([desk.bars, rows], ignore_index=True)
 
 # ---- suite 7: the newest bars are dirty
 
-@pytest.mark.parametrize('column', BARS)
+@pytest.mark.parametrize('column', CANDLE)
 @pytest.mark.parametrize('value, word', [
     (np.nan, 'NaN in'),
     (np.inf, 'infinite in'),
@@ -160,7 +158,7 @@ def test_impossible_number(desk, column, value, word): holds(desk, changed(desk,
 def test_zero_price(desk, column): holds(desk, changed(desk, column, 0.), f'zero or negative price in {column}')
 
 @pytest.mark.parametrize('value, word', [(0., 'zero or negative price'), (np.nan, 'NaN in')])
-def test_all_zero_or_missing(desk, value, word): holds(desk, changed(desk, BARS, value), word)
+def test_all_zero_or_missing(desk, value, word): holds(desk, changed(desk, CANDLE, value), word)
 
 @pytest.mark.parametrize('columns, values, word', [
     (['high', 'low'], lambda b: [b.low, b.high], 'high below low'),
@@ -181,7 +179,7 @@ def test_optional_columns(simulated, column):
 
 def test_bars_without_the_columns_of_the_training(simulated):
     "Trained on an archive with taker volumes, fed with fetch_ohlcv: the model lacks inputs that it always had"
-    told(simulated, simulated.bars[['time', 'symbol', *BARS]], 'missing')
+    told(simulated, simulated.bars[['time', 'symbol', *CANDLE]], 'missing')
 
 @pytest.mark.parametrize('n', [1, 3, 12])
 def test_newest_bars_missing(desk, n):
@@ -265,7 +263,7 @@ def test_cents_in_place_of_dollars_from_one_bar_on(desk, factor, n):
 @pytest.mark.parametrize('n', [5, 6, 12, 30])
 def test_frozen_feed(desk, n):
     d = desk.bars.copy()
-    d.loc[desk.mine[-n:], BARS] = d.loc[desk.mine[-n], BARS].to_numpy(float)
+    d.loc[desk.mine[-n:], CANDLE] = d.loc[desk.mine[-n], CANDLE].to_numpy(float)
     holds(desk, d, 'frozen')
 
 @pytest.mark.parametrize('n', [1, 3, 4, 12])
@@ -288,7 +286,7 @@ def candles(desk):
     lambda rows: [[str(x) for x in r] for r in rows],
     np.array,
     lambda rows: {S: rows},
-    lambda rows: {'BTCUSDT': pd.DataFrame(rows, columns=['timestamp', *BARS])},
+    lambda rows: {'BTCUSDT': pd.DataFrame(rows, columns=['timestamp', *CANDLE])},
 ], ids=['lists', 'strings', 'array', 'dict of lists', 'dict of frames'])
 def test_candles_of_an_exchange(real, shape):
     "ccxt lists of one coin, as strings too: the same numbers as from the same rows of a frame"

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from cryptoml.tft import (
-    TFTConfig, TemporalFusionTransformer, VariableSelection, attention_by_lag, ordered, permutation_importance, pinball,
+    TFTConfig, TemporalFusionTransformer, VariableSelection, attention_by_lag, ordered, permutation_importance,
+    quantile_losses,
     quantile_loss, variable_importance,
 )
 
@@ -537,7 +538,8 @@ def test_ordered_never_crosses_and_keeps_the_middle(z):
 @given(st.floats(-100, 100), st.floats(-100, 100), st.floats(.01, .99))
 def test_pinball_by_hand(forecast, y, q):
     want = q * (y - forecast) if y >= forecast else (1 - q) * (forecast - y)
-    got = pinball(torch.tensor([forecast], dtype=torch.float64), torch.tensor(y, dtype=torch.float64), (q,)).item()
+    forecast = torch.tensor([forecast], dtype=torch.float64)
+    got = quantile_losses(forecast, torch.tensor(y, dtype=torch.float64), (q,)).item()
     assert got == pytest.approx(want, abs=1e-9)
 
 
