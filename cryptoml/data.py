@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EARLIEST', 'LATEST', 'QUOTES', 'PRICES', 'CANDLE', 'EXTRA', 'JUMP', 'FAR', 'AGREE', 'FROZEN', 'DataError',
-           'parse_timeframe', 'to_utc', 'normalise_symbol', 'NoSymbol', 'read_bars', 'market_frame', 'DataReport',
-           'clean', 'Panel', 'to_panel', 'read_panel', 'as_of', 'find_columns', 'check_columns', 'published',
-           'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
+           'parse_timeframe', 'bars_of', 'to_utc', 'normalise_symbol', 'NoSymbol', 'read_bars', 'market_frame',
+           'DataReport', 'clean', 'Panel', 'to_panel', 'read_panel', 'as_of', 'find_columns', 'check_columns',
+           'published', 'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
 
 # %% ../nbs/00_data.ipynb #96761552
 import datetime, hashlib, html, json, os, re
@@ -43,6 +43,15 @@ def _timedelta(timeframe) -> pd.Timedelta | None:
         number, unit = found.groups()
         return pd.Timedelta(int(number), 'D' if unit in 'dD' else unit.lower())
     if isinstance(timeframe, (datetime.timedelta, np.timedelta64)): return pd.Timedelta(timeframe)
+
+# %% ../nbs/00_data.ipynb #1e733ee6
+def bars_of(
+    length,          # Length of time, such as '7D'
+    timeframe,       # Length of a bar
+    least: int = 1,  # Bars, at least
+) -> int:            # Bars
+    "A length of time in bars"
+    return max(round(parse_timeframe(length) / parse_timeframe(timeframe)), least)
 
 # %% ../nbs/00_data.ipynb #d37535f1
 _SECOND = 10**6         # Microseconds
