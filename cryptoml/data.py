@@ -11,7 +11,7 @@ __all__ = ['EARLIEST', 'LATEST', 'QUOTES', 'PRICES', 'CANDLE', 'EXTRA', 'JUMP', 
 # %% ../nbs/00_data.ipynb #96761552
 import datetime, hashlib, html, json, os, re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -709,6 +709,11 @@ class Panel:
     def bar_number(self) -> np.ndarray:
         "Bars since the epoch, int64 [T]: the same bar has the same number in every panel"
         return self.time.asi8 // _length(self.timeframe)
+
+    def only(self, symbols: list[str]) -> 'Panel':
+        "The same bars of some of its symbols"
+        rows = [self.symbols.index(x) for x in sorted(symbols)]
+        return replace(self, symbols=sorted(symbols), values=self.values[rows], mask=self.mask[rows])
 
     def frame(self) -> pd.DataFrame:
         "The market frame of the bars that are there"
