@@ -1,10 +1,10 @@
-# make demo | test | docs | bench | lab | notebooks | clean. Every target sets up .venv first if need be.
+# make demo | test | docs | bench | evidence | lab | notebooks | clean. Every target sets up .venv first if need be.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch comes first and pinned: an open requirement may bring gigabytes of CUDA to a machine without a GPU.
 # Where the pinned wheel is a CUDA build and you want the CPU one, name an index that has it in PIP_EXTRA_INDEX_URL.
 
-.PHONY: demo test docs bench lab notebooks clean
+.PHONY: demo test docs bench evidence lab notebooks clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -25,6 +25,14 @@ docs: .venv/.ready
 
 bench: .venv/.ready
 	@for b in bench/*.py; do [ ! -e "$$b" ] || $(BIN)/python "$$b" || exit 1; done
+
+# The long simulations behind what is claimed of intervals, trials, gate and word; their tables stand on those pages.
+EVIDENCE := nbs/05_metrics.ipynb nbs/08_ledger.ipynb nbs/39_gate.ipynb nbs/41_verdict.ipynb nbs/jobs/evidence.ipynb
+evidence: export OMP_NUM_THREADS ?= 1
+evidence: .venv/.ready
+	@. $(BIN)/activate && \
+	  for n in $(EVIDENCE); do echo "$$n"; jupyter execute --inplace "$$n" || exit 1; done && \
+	  nbdev_clean
 
 lab: .venv/.ready
 	@$(BIN)/jupyter lab nbs

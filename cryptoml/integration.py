@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['AGES', 'CHECKS', 'SAMPLED', 'is_whole', 'different_wholes', 'Config', 'checkpoint_folder', 'train_and_judge',
-           'differences', 'clock', 'stored_name', 'AsyncTwins', 'UltimateTradingAI', 'integrate_with_existing_bot']
+           'differences', 'with_its_ledger', 'clock', 'stored_name', 'Decision', 'held_weights', 'next_decision',
+           'AsyncTwins', 'UltimateTradingAI', 'integrate_with_existing_bot']
 
 # %% ../nbs/52_integration.ipynb #75a0acd8
-import asyncio, hashlib, json, shutil, threading
+import asyncio, hashlib, json, shutil, threading, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from .backtest import ROUND_TRIP
+from .backtest import BORROW, ROUND_TRIP
 from .data import DataError, normalise_symbol, parse_timeframe, read_panel, to_utc
 from .forecaster import Forecaster, ForecasterConfig, load_forecaster, save_forecaster, train
+from .ledger import read_ledger
 from .network import SIZES
-from .newest import Snapshot, predict_newest, without_forecast
-from .policy import Policy
-from .signals import MaxAge, Signal, doubts, make_signal
+from .newest import Prediction, Snapshot, predict_newest, without_forecast
+from .policy import Policy, PolicyState
+from .signals import ACT_ON, WORDS, MaxAge, Signal, clock_says, doubts, make_signal, parts_of_book
 from .state import StateError
-from .study import Study, Terms, is_number, judge
+from .study import Study, Terms, heads_of, is_number, judge
 from .trainer import TrainerError, pick_device
 
 # %% ../nbs/52_integration.ipynb #85d0f354
@@ -38,6 +41,9 @@ CHECKS = [   # field, rule, sentence
     ('seed', lambda x: is_whole(x, 0), 'seed must be a whole number from 0'),
     ('threads', lambda x: x is None or is_whole(x, 1), 'threads must be a whole number from 1'),
     ('round_trip', lambda x: is_number(x) and 0 <= x < 1, 'round_trip must be a fraction from 0'),
+    ('borrow', lambda x: is_number(x) and 0 <= x < 10, 'borrow must be a yearly rate from 0'),
+    ('act_on', lambda x: x in WORDS, f'act_on must be one of {", ".join(WORDS)}'),
+    ('question', lambda x: isinstance(x, str), 'question must be a text'),
     ('state_dir', lambda x: isinstance(x, (str, Path)) and str(x) != '', 'state_dir must be the path of a folder'),
     ('max_age', lambda x: x is None or isinstance(x, dict) and set(x) <= set(AGES),
      f'max_age must be a dict with keys among {", ".join(AGES)}'),
@@ -55,6 +61,9 @@ class Config:
     state_dir: str = 'cryptoml_state'   # Where the state is saved
     max_age: dict | None = None         # data, model, skew: see `MaxAge`
     round_trip: float = ROUND_TRIP      # Cost of a round trip, fraction
+    borrow: float = BORROW              # Yearly rate that a short pays where no funding is known
+    act_on: str = ACT_ON                # The worst word that is acted on: FAIL, INCONCLUSIVE or PASS
+    question: str = ''                  # What the trials of these data belong to in the ledger
 
     @classmethod
     def read(cls, config: dict) -> 'Config':
@@ -86,10 +95,11 @@ def train_and_judge(
     folder: Path,                # Of the checkpoints
     device: str,
     stop: threading.Event | None = None,   # Once set, give up after the batch
+    heads: list[str] = (),       # Of the ledger, as former models carry them
 ) -> tuple[Snapshot, dict]:      # The model, and its history: epochs, best_epoch, verdict, rows, threshold
     "A forecaster with what was found out about it"
     f, history = train(study.inputs, study.targets, study.parts, config, folder, device, stop)
-    judged = judge(f, study)
+    judged = judge(f, study, heads=heads)
     best = history.loc[history.valid_loss.idxmin()]
     return Snapshot(f, judged.terms), dict(
         epochs=history.to_dict('records'),
@@ -115,6 +125,15 @@ def differences(
     return [f'{key} {there[key]} there, {value} asked for' for key, value in asked.items()
             if key in there and value is not None and not same(key, value)]
 
+def with_its_ledger(terms: Terms) -> Terms:
+    "Terms as this machine can vouch for them: PASS needs the ledger that the model was judged with"
+    if terms.verdict != 'PASS': return terms
+    faults = read_ledger(heads=[terms.trials['head']]).faults
+    if not faults: return terms
+    warnings.warn(f'the model was judged PASS, but its trials cannot be seen here ({"; ".join(faults)}): it counts as '
+                  'INCONCLUSIVE; bring its ledger along, and name it in CRYPTOML_LEDGER', stacklevel=3)
+    return replace(terms, verdict='INCONCLUSIVE')
+
 def clock(now) -> pd.Timestamp:
     "The bot's clock; None: the wall clock"
     return pd.Timestamp.now('UTC') if now is None else to_utc([now])[0]
@@ -123,6 +142,47 @@ def stored_name(symbol) -> str:
     "A symbol as it would be stored, whatever it is"
     try: return normalise_symbol(symbol)
     except DataError: return str(symbol)
+
+# %% ../nbs/52_integration.ipynb #a04ff7b8
+class Decision(NamedTuple):
+    "One decision about the book"
+    model: Snapshot
+    data_time: str           # Close of the bar
+    weights: np.ndarray      # To trade to [N], NaN: as it is
+    after: PolicyState       # What the policy remembers
+
+def held_weights(held: dict[str, float], symbols: list[str]) -> np.ndarray:   # [N]
+    "Weights of an account in the order of the model's coins; ValueError for what is no coin of it"
+    named = {stored_name(k): v for k, v in held.items()}
+    if lost := sorted(set(named) - set(symbols)):
+        raise ValueError(f'held names {lost[0]}, which is not a coin of this model: those are {", ".join(symbols)}')
+    if bad := [k for k, v in named.items() if not is_number(v)]:
+        raise ValueError(f'the weight held of {bad[0]} is not a number, got {named[bad[0]]!r}')
+    return np.array([named.get(k, 0.) for k in symbols])
+
+def next_decision(
+    last: Decision | None,
+    live: Snapshot,
+    there: dict[str, Prediction],   # Symbol to its prediction of the newest bar
+    sound: dict[str, Prediction],   # Those that can be acted on
+    held: np.ndarray,               # Weights in the account [N]
+    equity: float,
+    least: float | None,            # Confidence asked for
+) -> Decision | None:               # None: this is no time to decide
+    "Decide as the judged book did"
+    policy, symbols = Policy(**live.terms.policy), live.terms.symbols
+    close = next(iter(there.values()))['data_time']
+    bar_number = (pd.Timestamp(close) - pd.Timestamp(0, tz='UTC')) // live.timeframe - 1
+    if not policy.decides(bar_number): return None
+    fresh = last is None or last.model is not live
+    if not fresh and last.data_time == close: return last              # one step a bar, however often it is asked for
+    before = policy.start(len(symbols)) if fresh else last.after
+    chosen = {k: p for k, p in sound.items() if least is None or p['confidence'] >= least}
+    score = np.array([chosen[k]['size'][-1] if k in chosen else np.nan for k in symbols])
+    sigma = np.array([chosen[k]['sigma'] if k in chosen else np.nan for k in symbols])
+    tradable = np.array([k in there for k in symbols])
+    w, after = policy.next_weights(before._replace(weights=held), score, sigma, tradable=tradable, equity=equity)
+    return Decision(live, close, w, after)
 
 # %% ../nbs/52_integration.ipynb #686ee71f
 class AsyncTwins:
@@ -171,6 +231,7 @@ class UltimateTradingAI(AsyncTwins):
         self._given = dict(config or {})
         self._checkpoints = None            # folder of the live model's training, until it is saved
         self._said = {}                     # symbol to its last prediction and the model that made it
+        self._decided = None                # the last decision about the book
         self._training = threading.Lock()
         if self.config.threads: torch.set_num_threads(self.config.threads)
 
@@ -191,7 +252,7 @@ class UltimateTradingAI(AsyncTwins):
         extra=None,                          # Your own columns: time, known, symbol, numbers
         stop: threading.Event | None = None, # Once set, training gives up after its batch
         **sources,                           # onchain, orderbook, trades, cross_exchange, funding, sentiment
-    ) -> dict:                               # epochs, best_epoch, verdict, rows, threshold, data
+    ) -> dict:                               # epochs, best_epoch, verdict, rows, threshold, data, left_out, unfunded
         "Train a new model and make it the live one; DataError for data that cannot be trained on"
         if optimize_hyperparams:
             raise NotImplementedError('optimize_hyperparams=True is not part of this version yet: leave it out')
@@ -200,15 +261,17 @@ class UltimateTradingAI(AsyncTwins):
         try:
             c = self.config
             panel, report = read_panel(data, symbols, timeframe=c.timeframe, now=clock(None))
-            study = Study.of(panel, c.horizons, c.round_trip, extra, report.digest, **sources)
+            study = Study.of(panel, c.horizons, c.round_trip, extra, report.digest, c.borrow, c.question, **sources)
             settings = ForecasterConfig(c.horizons, c.size, round_trip=c.round_trip, epochs=epochs, seed=c.seed)
             folder = checkpoint_folder(Path(c.state_dir)/'training', study, settings)
-            snapshot, history = train_and_judge(study, settings, folder, self.device, stop)
+            heads = heads_of(c.state_dir)
+            if self.snapshot is not None: heads.append(self.snapshot.terms.trials['head'])
+            snapshot, history = train_and_judge(study, settings, folder, self.device, stop, heads)
         finally: self._training.release()
         if stop is not None and stop.is_set():
             raise TrainerError('training was stopped at its end: the model stays the one it was')
         self.snapshot, self._checkpoints = snapshot, folder
-        return history | dict(data=str(report))
+        return history | dict(data=str(report), left_out=study.left_out, unfunded=study.unfunded)
 
     def predict_sync(self,
         current_data,                # Bars up to the newest, of the coin or of all coins of the model
@@ -236,22 +299,48 @@ class UltimateTradingAI(AsyncTwins):
         "What to do about a coin, from its last prediction"
         if (said := self._said.get(stored_name(symbol))) is None: return None
         prediction, model = said
-        return make_signal(prediction, model.terms, min_confidence, now, self.max_age)
+        others = self._usable(model, clock(now))[1]
+        return make_signal(prediction, model.terms, min_confidence, now, self.max_age, others, self.config.act_on)
+
+    def _usable(self, model: Snapshot, now: pd.Timestamp) -> tuple[dict[str, Prediction], dict[str, Prediction]]:
+        "Last predictions by this model of its newest bar, and those among them without a doubt"
+        symbols, said = model.terms.symbols, dict(self._said)
+        mine = {k: said[k][0] for k in symbols if k in said and said[k][1] is model}
+        newest = max((p['data_time'] for p in mine.values() if p['data_time']), default=None)
+        mine = {k: p for k, p in mine.items() if p['data_time'] == newest}
+        sound = {k: p for k, p in mine.items() if not doubts(p, model.terms, now, self.max_age, self.config.act_on)}
+        return mine, sound
+
+    def _acts(self, live: Snapshot, there: dict[str, Prediction], now: pd.Timestamp) -> bool:
+        "Whether the book may decide on predictions of one bar: the bar is the newest, the model is good enough"
+        close = pd.Timestamp(next(iter(there.values()))['data_time'])
+        late = clock_says(close, live.timeframe, now, self.max_age)
+        return not late and WORDS.index(live.terms.verdict) >= WORDS.index(self.config.act_on)
 
     def target_weights(self,
         now=None,                              # The bot's clock; None: the wall clock
     ) -> dict[str, float | None]:              # None: no usable prediction, keep what is held
-        "Target weights of all coins of the model, from their last predictions"
-        live, now, said = self.live(), clock(now), dict(self._said)
-        symbols = live.terms.symbols
-        mine = {k: said[k][0] for k in symbols if k in said and said[k][1] is live}
-        usable = {k: p for k, p in mine.items() if not doubts(p, live.terms, now, self.max_age)}
-        newest = max((p['data_time'] for p in usable.values()), default=None)
-        usable = {k: p for k, p in usable.items() if p['data_time'] == newest}
-        size = np.array([usable[k]['size'][-1] if k in usable else np.nan for k in symbols], float)
-        sigma = np.array([usable[k]['sigma'] if k in usable else np.nan for k in symbols], float)
-        w = Policy(**live.terms.policy).book_weights(size, sigma)
-        return {k: None if np.isnan(x) else float(x) for k, x in zip(symbols, w)}
+        "Target weights of all coins of the model, from their last predictions; `next_weights` moves towards them"
+        live = self.live()
+        return parts_of_book(self._usable(live, clock(now))[1], live.terms)
+
+    def next_weights(self,
+        held: dict[str, float],                # Coin to its weight in the account now, negative for a short; others: 0
+        equity: float,                         # Value of the account now, in any unit that stays the same
+        now=None,                              # The bot's clock; None: the wall clock
+        min_confidence: float | None = None,   # Only positions that are so sure; None: the declared book, all of them
+    ) -> dict[str, float | None]:              # Weights to trade to now; None: leave the coin as it is
+        "The step of the judged book, at its speed, when the newest bar is one at which it decides; else nothing to do"
+        live, now = self.live(), clock(now)
+        weights = held_weights(held, live.terms.symbols)
+        there, sound = self._usable(live, now)
+        nothing = dict.fromkeys(live.terms.symbols)
+        doubted = any(not p['faults'] for k, p in there.items() if k not in sound)     # by its age, not by its bar
+        if not there or doubted or not self._acts(live, there, now): return nothing
+        decision = next_decision(self._decided, live, there, sound, weights, equity, min_confidence)
+        if decision is None: return nothing
+        self._decided = decision
+        return {k: None if np.isnan(x) else float(x) for k, x in zip(live.terms.symbols, decision.weights)}
 
     def save_state(self,
         path=None,      # Folder; None: `state_dir` of the config
@@ -272,7 +361,7 @@ class UltimateTradingAI(AsyncTwins):
         terms = Terms.read(about)
         if differ := differences(self._given, f, terms):
             raise StateError(f'the saved model does not fit this config: {"; ".join(differ)}')
-        self.snapshot = Snapshot(f, terms)
+        self.snapshot = Snapshot(f, with_its_ledger(terms))
 
     def adapt_sync(self, recent_data):
         "Not part of this version yet"

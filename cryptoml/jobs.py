@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAVING', 'JobError', 'JobFailed', 'Parameter', 'parameters', 'convert', 'check', 'identity', 'code_digest',
-           'differences', 'surroundings', 'claim', 'execute', 'jobs', 'find', 'plan', 'run', 'summary', 'usage', 'main']
+           'differences', 'surroundings', 'claim', 'execute', 'jobs', 'find', 'plan', 'run', 'summary', 'usage',
+           'show_trials', 'add_trials', 'trials', 'main']
 
 # %% ../nbs/60_jobs.ipynb #5d1b8e3a
-import ast, difflib, hashlib, io, json, math, os, platform, re, sys, tokenize
+import argparse, ast, difflib, hashlib, io, json, math, os, platform, re, sys, tokenize
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -379,7 +380,9 @@ def summary(
 # %% ../nbs/60_jobs.ipynb #fcc89dce
 _USAGE = """usage: cryptoml JOB [--out FOLDER] [-p NAME=VALUE ...]    run a job, or continue it in the same folder
        cryptoml JOB --help                                  the job's parameters
-       cryptoml --list                                      the jobs"""
+       cryptoml --list                                      the jobs
+       cryptoml trials                                      what was tried on this machine
+       cryptoml trials add N --note NOTE [--question Q]     and N more trials that were made elsewhere"""
 
 def usage(job=None) -> str:
     "Help of a job, or of the command"
@@ -408,6 +411,53 @@ def _pairs(params: list[str]) -> dict[str, str]:
         given[name] = value
     return given
 
+# %% ../nbs/60_jobs.ipynb #26faa532
+def show_trials() -> int:
+    "Print the ledger of trials; the exit code is 1 where it has faults"
+    from cryptoml.ledger import read_ledger
+    ledger = read_ledger()
+    if ledger.trials:
+        print(ledger.table().to_string(index=False, na_rep=''), end='\n\n')
+        print(ledger.totals().to_string(index=False), end='\n\n')
+    else: print('no trials yet')
+    print(f'ledger: {ledger.path}')
+    for fault in ledger.faults: print(f'fault: {fault}')
+    return 1 if ledger.faults else 0
+
+def add_trials(
+    count: int,      # Trials made elsewhere
+    note: str,       # What they were
+    question: str,   # The question they were to answer
+) -> int:
+    "Write trials that were made elsewhere into the ledger; gives the exit code"
+    from cryptoml.ledger import tell
+    from cryptoml.state import ledger_file
+    tell(count, note, question)
+    print(f'{count} trials added to {ledger_file()}')
+    return 0
+
+# %% ../nbs/60_jobs.ipynb #2d05b43f
+class _Parser(argparse.ArgumentParser):
+    "A command line whose faults are a sentence"
+    def error(self, message): raise JobError(f'{message}; cryptoml --help tells more')
+
+def trials(
+    argv: list[str],   # What stands behind `cryptoml trials`
+) -> int:              # Exit code
+    "The command `cryptoml trials`"
+    parser = _Parser('cryptoml trials', allow_abbrev=False, description='What was tried on this machine')
+    parser.set_defaults(act=lambda a: show_trials())
+    add = parser.add_subparsers().add_parser('add', allow_abbrev=False, help='add trials that were made elsewhere')
+    add.add_argument('count', type=int, help='how many')
+    add.add_argument('--note', required=True, help='what they were')
+    add.add_argument('--question', default='', help='the question they were to answer')
+    add.set_defaults(act=lambda a: add_trials(a.count, a.note, a.question))
+    try: a = parser.parse_args(argv)
+    except SystemExit: return 0                              # --help has been answered
+    from cryptoml.state import StateError
+    try: return a.act(a)
+    except (StateError, ValueError) as e: raise JobError(str(e)) from e
+
 # %% ../nbs/60_jobs.ipynb #ea3eba14
 @dataclass
 class _Command:
@@ -434,10 +484,7 @@ class _Command:
 
 # %% ../nbs/60_jobs.ipynb #dce14505
 def _command(argv: list[str]) -> _Command:
-    import argparse
-    class Parser(argparse.ArgumentParser):
-        def error(self, message): raise JobError(f'{message}; cryptoml --help tells more')
-    parser = Parser('cryptoml', add_help=False, allow_abbrev=False)
+    parser = _Parser('cryptoml', add_help=False, allow_abbrev=False)
     parser.add_argument('job', nargs='?')
     parser.add_argument('--out')
     parser.add_argument('-p', '--param', action='append', default=[], metavar='NAME=VALUE')
@@ -451,7 +498,8 @@ def main(
     argv: list[str] | None = None,  # Arguments; default those of the process
 ) -> int:                           # Exit code
     "The command `cryptoml`"
-    try: return _command(sys.argv[1:] if argv is None else argv).obey()
+    if argv is None: argv = sys.argv[1:]
+    try: return trials(argv[1:]) if argv[:1] == ['trials'] else _command(argv).obey()
     except JobError as e: return _said(' '.join(str(e).split()), 2)
     except JobFailed as e: return _said(e, 1)
     except KeyboardInterrupt: return _said('interrupted; the same command continues the run', 130)

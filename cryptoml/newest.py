@@ -15,7 +15,8 @@ import pandas as pd
 from .data import (DataError, DataReport, NoSymbol, Panel, clean, normalise_symbol, parse_timeframe, read_bars,
                            to_panel)
 from .forecaster import Forecaster, Inputs, forecast, make_inputs, needed_history
-from .study import Terms, confidence
+from .gate import confidence
+from .study import Terms
 from .targets import CLASSES, REGIMES, trailing_sigma
 from .windows import Samples
 
@@ -344,7 +345,9 @@ def predict_newest(
     "Predictions of the last closed bars; DataError for a call that cannot be understood"
     wanted = s.terms.symbols if symbol is None else [normalise_symbol(symbol)]
     if lost := [x for x in wanted if x not in s.terms.symbols]:
-        raise DataError(f'{lost[0]} is not a coin of this model, which are {", ".join(s.terms.symbols)}: train with it')
+        known = s.terms.left_out.get(lost[0])
+        why = f'it was left out of training: {known}' if known else 'train with it'
+        raise DataError(f'{lost[0]} is not a coin of this model, which are {", ".join(s.terms.symbols)}: {why}')
     view = look(s, data, None if symbol is None else wanted[0], now, extra, sources)
     def found(name):
         try: return examine(view, name, pd.Timedelta(skew))

@@ -4,32 +4,33 @@
 
 # %% auto #0
 __all__ = ['REGIMES', 'DURATION', 'VOLATILITY', 'DRIFT', 'SWITCH', 'TRANSITION', 'OCCUPANCY', 'TAIL', 'DRIVERS', 'NOISES',
-           'ONCHAIN', 'SHARED', 'CARRIERS', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'clustered', 'mixing',
-           'extremes', 'published', 'lead_lag_matrix', 'part_sums', 'regime_sum', 'Market', 'shocks', 'drift_parts',
-           'activity', 'bars_a_day', 'daily_onchain', 'funding_rates', 'coins', 'long_frame', 'market_bars', 'assemble',
-           'simulate']
+           'ONCHAIN', 'SHARED', 'CARRIERS', 'HALF_LIVES', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'day_pattern',
+           'clustered', 'mixing', 'extremes', 'published', 'lead_lag_matrix', 'geometric', 'under_way', 'next_bar',
+           'part_sums', 'Market', 'shocks', 'drift_parts', 'log_returns', 'activity', 'bars_a_day', 'daily_onchain',
+           'funding_rates', 'coins', 'long_frame', 'market_bars', 'assemble', 'simulate']
 
 # %% ../nbs/01_simulate.ipynb #6118e0f7
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import fractional_matrix_power
 
 from .data import parse_timeframe
 
 # %% ../nbs/01_simulate.ipynb #233ef6e2
 def decay(
-    half_life: float,  # Bars after which half of a deviation is left
-) -> float:            # What is left after one bar
+    half_life: float,   # Hours after which half of a deviation is left
+    hours: float = 1.,  # Length of a bar
+) -> float:             # What is left after one bar
     "The coefficient of a first-order autoregression"
-    return 0.5 ** (1 / half_life)
+    return 0.5 ** (hours / half_life)
 
 def ar1(
     white: np.ndarray,  # Independent standard normals [..., T]
-    half_life: float,   # Bars after which half of a deviation is left
+    phi: float,         # What is left of a deviation after one bar
 ) -> np.ndarray:        # Stationary AR(1) of mean 0 and variance 1 [..., T]
     "First-order autoregression started from its stationary distribution"
-    phi = decay(half_life)
     shocks = white * (np.sqrt(1 - phi ** 2) / (1 - phi))
     shocks[..., 0] = white[..., 0]
     rows = pd.DataFrame(shocks.reshape(-1, white.shape[-1]).T)
@@ -38,16 +39,16 @@ def ar1(
 
 # %% ../nbs/01_simulate.ipynb #ad680b96
 REGIMES = ('BULL', 'BEAR', 'RANGING', 'HIGH_VOL')
-DURATION = np.array([96., 96., 120., 48.])       # mean bars in a regime
+DURATION = np.array([96., 96., 120., 48.])       # mean hours in a regime
 VOLATILITY = np.array([1.0, 1.0, 0.7, 1.8])      # factor on every volatility
-DRIFT = np.array([0.05, -0.05, 0.0, 0.0])        # expected return in units of the coin's volatility, at signal 1
+DRIFT = np.array([0.05, -0.05, 0.0, 0.0])        # expected return of an hour in volatilities of an hour, at signal 1
 SWITCH = np.array([                              # where a regime goes when it ends
     [0., .25, .5, .25],
     [.25, 0., .5, .25],
     [.4, .4, 0., .2],
     [.35, .35, .3, 0.],
 ])
-TRANSITION = np.diag(1 - 1 / DURATION) + SWITCH / DURATION[:, None]
+TRANSITION = np.diag(1 - 1 / DURATION) + SWITCH / DURATION[:, None]     # from hour to hour
 OCCUPANCY = np.linalg.matrix_power(TRANSITION, 100_000)[0]
 
 # %% ../nbs/01_simulate.ipynb #43248b77
@@ -67,15 +68,23 @@ def markov(
     return path
 
 # %% ../nbs/01_simulate.ipynb #9a281dd2
+def day_pattern(
+    hour: np.ndarray,   # Hour of the day at which each bar opens, 0 to 24 [T]
+    hours: float = 1.,  # Length of a bar
+) -> np.ndarray:        # Volatility factor [T], mean square 1 over a day
+    "Volatility by the hour of the day, over the hours that a bar begins"
+    begun = hour + np.arange(np.ceil(hours))[:, None]                                     # [hours of a bar, T]
+    factor = (1 + 0.3 * np.sin(2 * np.pi * (begun - 9) / 24)) / np.sqrt(1 + 0.3 ** 2 / 2)
+    return np.sqrt((factor ** 2).mean(0))
+
 def clustered(
     log_volatility: np.ndarray,  # AR(1) of unit variance [..., T]
     spread: float,               # Standard deviation of the log volatility
     regime: np.ndarray,          # States [T]
-    hour: np.ndarray,            # Hour of the day of each bar, 0 to 24 [T]
+    day: np.ndarray,             # Output of `day_pattern` [T]
 ) -> np.ndarray:                 # Volatility factor [..., T], mean square 1
     "Stochastic volatility in logs, by regime and by hour of the day"
     factor = VOLATILITY / np.sqrt((OCCUPANCY * VOLATILITY ** 2).sum())
-    day = (1 + 0.3 * np.sin(2 * np.pi * (hour - 9) / 24)) / np.sqrt(1 + 0.3 ** 2 / 2)
     return np.exp(spread * log_volatility - spread ** 2) * factor[regime] * day
 
 # %% ../nbs/01_simulate.ipynb #3a96774f
@@ -84,9 +93,11 @@ TAIL = 5     # degrees of freedom of the returns' Student t
 def mixing(
     rng: np.random.Generator,  # Source of randomness
     shape: tuple,              # Shape wanted
+    hours: float = 1.,         # Length of a bar
 ) -> np.ndarray:               # Variance factors of mean 1
-    "Variance mixture that turns a normal into a unit-variance Student t"
-    return (TAIL - 2) / rng.chisquare(TAIL, shape)
+    "Variance mixture that turns a normal into a unit-variance Student t, or the sum of one for every hour begun"
+    each = (TAIL - 2) / rng.chisquare(TAIL, (int(np.ceil(hours)), *shape))
+    return each.mean(0)
 
 # %% ../nbs/01_simulate.ipynb #d34f0b3c
 def extremes(
@@ -106,23 +117,23 @@ def extremes(
     return high.max(0), low.min(0)
 
 # %% ../nbs/01_simulate.ipynb #03ed7393
-DRIVERS = {'driver_1': (12, 0.078), 'driver_2': (18, 0.068), 'driver_3': (24, 0.058)}    # half-life in bars, weight
-NOISES = {'noise_1': 12, 'noise_2': 18, 'noise_3': 24, 'noise_4': 12, 'noise_5': 18}     # half-life in bars
-ONCHAIN = (120, 0.05)                                                                    # half-life in bars, weight
+DRIVERS = {'driver_1': (12, 0.078), 'driver_2': (18, 0.068), 'driver_3': (24, 0.058)}    # half-life in hours, weight
+NOISES = {'noise_1': 12, 'noise_2': 18, 'noise_3': 24, 'noise_4': 12, 'noise_5': 18}     # half-life in hours
+ONCHAIN = (120, 0.05)                                                                    # half-life in hours, weight
 SHARED = 0.3                                                    # share of a column's variance common to all coins
 CARRIERS = DRIVERS | {'onchain': ONCHAIN}                       # the columns that carry return
 
 # %% ../nbs/01_simulate.ipynb #15909756
 def published(
     rng: np.random.Generator,  # Source of randomness
-    half_life: float,          # Bars
+    phi: float,                # What is left of a deviation after one bar
     n: int,                    # Coins
     T: int,                    # Bars
 ) -> np.ndarray:               # One column for every coin [N, T], mean 0, variance 1
     "A persistent column, partly common to all coins"
     common = rng.standard_normal(T)
     own = rng.standard_normal((n, T))
-    return ar1(np.sqrt(SHARED) * common + np.sqrt(1 - SHARED) * own, half_life)
+    return ar1(np.sqrt(SHARED) * common + np.sqrt(1 - SHARED) * own, phi)
 
 # %% ../nbs/01_simulate.ipynb #21c04fc8
 def lead_lag_matrix(
@@ -140,23 +151,40 @@ def lead_lag_matrix(
     return matrix
 
 # %% ../nbs/01_simulate.ipynb #12c7f471
-def part_sums(
-    h: int,        # Bars ahead
-) -> dict:         # By part of the drift but the regime
-    "Expected sum over `h` bars of a part that is 1 in the next bar"
-    total = {}
-    for name, (half_life, _) in CARRIERS.items():
-        phi = decay(half_life)
-        total[name] = (1 - phi ** h) / (1 - phi)
-    return total | {'lead_lag': 1.0, 'centre': h}
+_left = (TRANSITION @ DRIFT)[0] / DRIFT[0]                                   # of a regime's drift, after an hour
+HALF_LIVES = {name: half_life for name, (half_life, _) in CARRIERS.items()}  # in hours
+HALF_LIVES['regime'] = float(np.log(0.5) / np.log(_left))
 
-def regime_sum(
-    h: int,         # Bars ahead
-) -> np.ndarray:    # In units of the coin's volatility, by today's regime [S]
-    "Expected sum over `h` bars of the regime's drift"
-    return sum(np.linalg.matrix_power(TRANSITION, k) @ DRIFT for k in range(h))
+def geometric(
+    left: float,   # What is left after one step, below 1
+    steps: float,  # Steps; need not be whole
+) -> float:        # 1 + left + left ** 2 + ...
+    "Sum of what is left over the steps, the first one whole"
+    return (1 - left ** steps) / (1 - left)
 
 # %% ../nbs/01_simulate.ipynb #1421c62b
+def under_way(
+    hours: float,  # Length of a bar
+) -> float:        # What has not yet reached the follower after one bar
+    "A leader's move arrives within about an hour"
+    return max(1 - hours, 0.)
+
+def next_bar(
+    hours: float,  # Length of a bar
+) -> dict:         # By part of the drift, in units of the coin's hourly volatility
+    "Expected sum over the next bar of a part that is 1 in its first hour"
+    total = {name: geometric(decay(half_life), hours) for name, half_life in HALF_LIVES.items()}
+    return total | {'lead_lag': 1 / geometric(under_way(hours), 1 / hours)}
+
+def part_sums(
+    h: int,              # Bars ahead
+    hours: float = 1.,   # Length of a bar
+) -> dict:               # By part of the drift
+    "Expected sum over `h` bars of a part that is 1 in the next bar"
+    total = {name: geometric(decay(half_life, hours), h) for name, half_life in HALF_LIVES.items()}
+    return total | {'lead_lag': geometric(under_way(hours), h), 'centre': h}
+
+# %% ../nbs/01_simulate.ipynb #48f07a07
 @dataclass
 class Market:
     "A simulated market with the truth behind it; rows are sorted by symbol and time"
@@ -164,9 +192,8 @@ class Market:
     extra: pd.DataFrame      # time, known (the bar's close), symbol, driver_1 .. driver_3, noise_1 .. noise_5
     onchain: pd.DataFrame    # Daily: time, known, asset, AdrActCnt, TxCnt, FlowInExNtv, FlowOutExNtv
     funding: pd.DataFrame    # Every 8 h: time, known, symbol, funding_rate
-    truth: pd.DataFrame      # Index (symbol, time): the NEXT bar's drift, sigma and regime, the parts of the drift
+    truth: pd.DataFrame      # Index (symbol, time): the NEXT bar's drift, sigma, regime; scale; the parts of the drift
     lead_lag: pd.DataFrame   # Planted matrix, row follows column, in volatilities [N, N]
-    cost: pd.Series          # Taker fee plus half spread of each symbol, fraction per side
     symbols: list            # Sorted
     timeframe: pd.Timedelta  # Length of a bar
     signal: float            # Strength it was made with
@@ -176,43 +203,43 @@ class Market:
         h: int,      # Bars ahead
         parts=None,  # Some of driver_1 .. driver_3, onchain, regime, lead_lag, centre; all when None
     ) -> pd.Series:  # By (symbol, time)
-        "Expected log return over the `h` bars after each bar's close"
-        weight = part_sums(h)
-        known = [*weight, 'regime']
-        if parts is None: parts = known
-        bad = set(parts) - set(known)
-        if bad: raise ValueError(f'no part {sorted(bad)} in the drift: there are {", ".join(known)}')
+        "Planted return over the `h` bars after each bar's close: the logarithm of the growth to expect"
+        hours = self.timeframe / pd.Timedelta(1, 'h')
+        weight = part_sums(h, hours)
+        if parts is None: parts = list(weight)
+        bad = set(parts) - set(weight)
+        if bad: raise ValueError(f'no part {sorted(bad)} in the drift: there are {", ".join(weight)}')
         total = 0.0 * self.truth['drift']
-        for k in parts:
-            if k != 'regime': total = total + self.truth[f'drift_{k}'] * weight[k]
-        if 'regime' in parts:
-            total = total + self.signal * self.truth['scale'] * regime_sum(h)[self.truth['regime']]
+        for k in parts: total = total + self.truth[f'drift_{k}'] * weight[k]
         return total
 
 # %% ../nbs/01_simulate.ipynb #b908dc1f
-FACTOR = 0.005     # long-run volatility of the market factor, a bar
+FACTOR = 0.005     # long-run volatility of the market factor, an hour
 
 def shocks(
     rng: np.random.Generator,  # Source of randomness
     n: int,                    # Coins
     hour: np.ndarray,          # Hour of the day of bars 0 .. T [T + 1]
+    hours: float = 1.,         # Length of a bar
 ) -> dict:                     # Arrays by name; time axis T + 1
     "Regimes, volatilities and unexpected returns of all coins"
     bars = len(hour)
-    regime = markov(rng.random(bars), TRANSITION, OCCUPANCY)
+    regime = markov(rng.random(bars), fractional_matrix_power(TRANSITION, hours), OCCUPANCY)
     beta = rng.uniform(0.8, 1.4, n)[:, None]
-    own = rng.uniform(0.004, 0.008, n)[:, None]
-    slow_f = ar1(rng.standard_normal(bars), 72)
-    slow_e = ar1(rng.standard_normal((n, bars)), 36)
-    sigma_f = FACTOR * clustered(slow_f, 0.45, regime, hour)
-    sigma_e = own * clustered(slow_e, 0.35, regime, hour)
-    s_f = sigma_f * np.sqrt(mixing(rng, bars))
-    s_e = sigma_e * np.sqrt(mixing(rng, (n, bars)))
+    factor = FACTOR * np.sqrt(hours)
+    own = rng.uniform(0.004, 0.008, n)[:, None] * np.sqrt(hours)
+    slow_f = ar1(rng.standard_normal(bars), decay(72, hours))
+    slow_e = ar1(rng.standard_normal((n, bars)), decay(36, hours))
+    day = day_pattern(hour, hours)
+    sigma_f = factor * clustered(slow_f, 0.45, regime, day)
+    sigma_e = own * clustered(slow_e, 0.35, regime, day)
+    s_f = sigma_f * np.sqrt(mixing(rng, (bars,), hours))
+    s_e = sigma_e * np.sqrt(mixing(rng, (n, bars), hours))
     f = s_f * rng.standard_normal(bars)
     e = s_e * rng.standard_normal((n, bars))
     return dict(
         regime=regime,                             # state of each bar
-        scale=np.hypot(beta * FACTOR, own),        # long-run volatility of the coin [N, 1]
+        scale=np.hypot(beta * factor, own),        # long-run volatility of the coin's bars [N, 1]
         sigma=np.hypot(beta * sigma_f, sigma_e),   # volatility of the bar's return [N, T + 1]
         s=np.hypot(beta * s_f, s_e),               # the same given the variance mixture: the bar is Gaussian
         e=e,                                       # the coin's own part of the shock
@@ -225,31 +252,44 @@ def drift_parts(
     columns: dict,         # Drivers and the on-chain state by name [N, T + 1]
     matrix: np.ndarray,    # Lead-lag [N, N]
     signal: float,         # Strength of everything that can be forecast
-) -> dict:                 # Parts of the expected log return of bar k given what is known when it opens [N, T + 1]
+    hours: float = 1.,     # Length of a bar
+) -> dict:                 # Parts of the expected return of bar k given what is known when it opens [N, T + 1]
     "Expected return of every bar by what carries it"
     scale = world['scale']
     shape = columns['onchain'].shape
-    parts = {name: signal * scale * weight * columns[name] for name, (_, weight) in CARRIERS.items()}
-    parts['regime'] = signal * scale * DRIFT[world['regime']]
+    unit = signal * scale / np.sqrt(hours)                       # the signal in volatilities of an hour
+    worth = next_bar(hours)
+    parts = {name: unit * weight * columns[name] * worth[name] for name, (_, weight) in CARRIERS.items()}
+    parts['regime'] = unit * DRIFT[world['regime']] * worth['regime']
     mean = sum(parts.values())[:, :-1].mean(1, keepdims=True)
     parts['centre'] = np.broadcast_to(-mean, shape)
+    led = ar1(matrix @ (world['e'] / scale), under_way(hours))
     parts['lead_lag'] = np.zeros(shape)
-    parts['lead_lag'][:, 1:] = signal * scale * (matrix @ (world['e'] / scale))[:, :-1]
+    parts['lead_lag'][:, 1:] = unit * led[:, :-1] * worth['lead_lag']
     return parts
 
 # %% ../nbs/01_simulate.ipynb #ab509082
+def log_returns(
+    drift: np.ndarray,  # Planted return of each bar [N, T]
+    world: dict,        # Output of `shocks`
+) -> np.ndarray:        # [N, T]
+    "Log returns whose growth is on average the planted one"
+    return drift + world['shock'] - world['s'] ** 2 / 2
+
+# %% ../nbs/01_simulate.ipynb #31aa395d
 def activity(
     rng: np.random.Generator,  # Source of randomness
     z: np.ndarray,             # Shock of the bar over its long-run volatility [N, T]
     level: np.ndarray,         # Volatility of the bar over its long-run volatility [N, T]
     flow: np.ndarray,          # Persistent order flow at the bar's close [N, T]
+    hours: float = 1.,         # Length of a bar
 ) -> tuple:                    # Quote volume, number of trades, taker share [N, T] each
     "Turnover in quote currency, trades and the share of volume that takers bought"
     n = len(z)
     size = np.exp(rng.normal(16, 1, (n, 1)))
     ticket = np.exp(rng.normal(6, 0.5, (n, 1)))
-    mood = np.exp(0.35 * ar1(rng.standard_normal(z.shape), 8))
-    turnover = size * level * (0.4 + np.abs(z)) ** 0.5 * mood
+    mood = np.exp(0.35 * ar1(rng.standard_normal(z.shape), decay(8, hours)))
+    turnover = hours * size * level * (0.4 + np.abs(z)) ** 0.5 * mood
     expected = turnover / ticket * np.exp(0.1 * rng.standard_normal(z.shape))
     trades = 1 + rng.poisson(expected)
     share = 0.5 + 0.03 * flow + 0.02 * np.clip(z, -3, 3) + 0.02 * rng.standard_normal(z.shape)
@@ -257,10 +297,10 @@ def activity(
 
 # %% ../nbs/01_simulate.ipynb #12c3bebf
 def bars_a_day(
-    time: pd.DatetimeIndex,  # Opens of the bars [T]
-) -> int:                    # 1 where a single bar does not tell
+    time: pd.DatetimeIndex,  # Opens of two bars or more [T]
+) -> int:
     "How many bars make a day"
-    return pd.Timedelta(1, 'D') // (time[1] - time[0]) if len(time) > 1 else 1
+    return pd.Timedelta(1, 'D') // (time[1] - time[0])
 
 def daily_onchain(
     rng: np.random.Generator,   # Source of randomness
@@ -296,13 +336,13 @@ def funding_rates(
     close: np.ndarray,          # Log closes [N, T]
 ) -> pd.DataFrame:              # time, known, symbol, funding_rate (fraction per 8 h)
     "Funding at 00, 08 and 16 h from the return of the past 24 h"
-    at = np.flatnonzero((time == time.floor('8h')) & (time >= time[0] + pd.Timedelta(1, 'D')))
-    newest = at - 1
+    paid = pd.date_range((time[0] + pd.Timedelta(1, 'D')).ceil('8h'), time[-1], freq='8h', unit='us')
+    newest = time.searchsorted(paid - (time[1] - time[0]), 'right') - 1     # the last bar that has closed by then
     day_before = np.maximum(newest - bars_a_day(time), 0)
-    noise = rng.standard_normal((len(symbols), len(at)))
+    noise = rng.standard_normal((len(symbols), len(paid)))
     rate = 1e-4 + 0.005 * (close[:, newest] - close[:, day_before]) + 5e-5 * noise
-    when = np.tile(time[at], len(symbols))
-    symbol = np.repeat(symbols, len(at))
+    when = np.tile(paid, len(symbols))
+    symbol = np.repeat(symbols, len(paid))
     return pd.DataFrame(dict(time=when, known=when, symbol=symbol, funding_rate=rate.ravel()))
 
 # %% ../nbs/01_simulate.ipynb #7fb9e619
@@ -342,7 +382,7 @@ def market_bars(
     rng: np.random.Generator,   # Source of randomness
     time: pd.DatetimeIndex,     # Opens of the bars [T]
     first: dict,                # Symbol to first open price [N]
-    r: np.ndarray,              # Log return of each bar [N, T]
+    r: np.ndarray,              # Output of `log_returns` [N, T]
     world: dict,                # Output of `shocks`, time axis cut to T
     flow: np.ndarray,           # Order flow at each bar's close [N, T]
 ) -> pd.DataFrame:              # Market frame
@@ -356,7 +396,8 @@ def market_bars(
     h = np.maximum(level * np.exp(log_open + log_high), np.maximum(o, c))
     l = np.minimum(level * np.exp(log_open + log_low), np.minimum(o, c))
     z = world['shock'] / world['scale']
-    turnover, trades, share = activity(rng, z, world['sigma'] / world['scale'], flow)
+    hours = 24 / bars_a_day(time)
+    turnover, trades, share = activity(rng, z, world['sigma'] / world['scale'], flow, hours)
     volume = turnover / ((o + h + l + c) / 4)
     return long_frame(
         time, list(first),
@@ -385,7 +426,7 @@ def assemble(
     during = {k: v if k == 'scale' else v[..., :-1] for k, v in world.items()}
     after = {k: v[:, 1:] for k, v in columns.items()}
     drift = sum(parts.values())
-    bars = market_bars(rng, time, first, drift[:, :-1] + during['shock'], during, after['driver_1'])
+    bars = market_bars(rng, time, first, log_returns(drift[:, :-1], during), during, after['driver_1'])
     log_close = np.log(bars['close'].to_numpy().reshape(len(symbols), -1))
     extra = long_frame(time, symbols, **{k: after[k] for k in (*DRIVERS, *NOISES)})
     extra.insert(1, 'known', extra['time'] + timeframe)
@@ -395,17 +436,16 @@ def assemble(
         **{f'drift_{k}': v[:, 1:] for k, v in parts.items()},
     )
     onchain = daily_onchain(rng, time, assets, after['onchain'])
-    cost = pd.Series(5e-4 + rng.uniform(0.5e-4, 3e-4, len(symbols)), symbols, name='cost')
     funding = funding_rates(rng, time, symbols, log_close)
     lead_lag = pd.DataFrame(matrix, symbols, symbols)
     truth = truth.set_index(['symbol', 'time'])
-    return Market(bars, extra, onchain, funding, truth, lead_lag, cost, symbols, timeframe, signal)
+    return Market(bars, extra, onchain, funding, truth, lead_lag, symbols, timeframe, signal)
 
 # %% ../nbs/01_simulate.ipynb #433be7f9
 def simulate(
     n_symbols: int = 8,          # Coins
     n_bars: int = 24 * 365,      # Bars of each coin
-    signal: float = 1.0,         # 0: log returns cannot be forecast; 1: the oracle is right in about 60 % at 4 bars
+    signal: float = 1.0,         # 0: prices are martingales; 1: the oracle is right in about 60 % over 4 hours
     seed: int = 0,               # Same seed, same noise, whatever the signal
     start: str = '2022-01-01',   # Open of the first bar, UTC
     timeframe: str = '1h',       # Length of a bar; must divide a day
@@ -421,9 +461,10 @@ def simulate(
     rng = np.random.default_rng(seed)
     time = pd.date_range(start, periods=n_bars + 1, freq=length, tz='UTC', unit='us')
     hour = (time - time.floor('D')) / pd.Timedelta(1, 'h')
-    world = shocks(rng, n_symbols, hour.to_numpy())
+    hours = length / pd.Timedelta(1, 'h')
+    world = shocks(rng, n_symbols, hour.to_numpy(), hours)
     lives = {k: v[0] for k, v in DRIVERS.items()} | NOISES | {'onchain': ONCHAIN[0]}
-    columns = {k: published(rng, life, n_symbols, n_bars + 1) for k, life in lives.items()}
+    columns = {k: published(rng, decay(life, hours), n_symbols, n_bars + 1) for k, life in lives.items()}
     matrix = lead_lag_matrix(rng, n_symbols)
-    parts = drift_parts(world, columns, matrix, signal)
+    parts = drift_parts(world, columns, matrix, signal, hours)
     return assemble(rng, time[:-1], coins(n_symbols), world, columns, matrix, parts, signal)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'StateError', 'replace_file', 'write_json', 'read_json', 'lock', 'append_line', 'read_lines',
-           'generations', 'save', 'load']
+           'append_chained', 'Chain', 'read_chained', 'ledger_file', 'generations', 'save', 'load']
 
 # %% ../nbs/03_state.ipynb #afdd9990
-import contextlib, errno, hashlib, json, math, os, re, shutil, stat, threading, time, warnings
+import contextlib, errno, hashlib, json, math, os, re, shutil, stat, sys, threading, time, warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -84,6 +85,12 @@ def read_json(
     except OSError as e: raise StateError(f'cannot read {path}: {e.strerror}') from e
     except (ValueError, RecursionError) as e: raise StateError(f'{path} is not JSON: {str(e)[:80]}') from e
 
+# %% ../nbs/03_state.ipynb #587d646e
+def _digest(record: dict) -> str:
+    "SHA-256 of a record without its own digest, in one canonical spelling"
+    body = {k: v for k, v in record.items() if k != 'sha256'}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
 # %% ../nbs/03_state.ipynb #ec690877
 def _try_lock(f):
     "Lock an open file, or raise BlockingIOError / PermissionError if another holder has it"
@@ -134,10 +141,13 @@ def lock(
 # %% ../nbs/03_state.ipynb #67a3182b
 _BLOCK = 64 << 10   # Bytes that are read at a time
 
-def _end_of_lines(f) -> int:
-    "Where the last whole line of an open file ends"
-    end = f.seek(0, os.SEEK_END)
-    while end:
+def _end_of_lines(
+    f,                        # Open file
+    end: int | None = None,   # Of its bytes before this one; None: of all
+) -> int:
+    "Where the last whole line ends"
+    if end is None: end = f.seek(0, os.SEEK_END)
+    while end > 0:
         start = max(0, end - _BLOCK)
         f.seek(start)
         newline = f.read(end - start).rfind(b'\n')
@@ -146,26 +156,49 @@ def _end_of_lines(f) -> int:
     return 0
 
 # %% ../nbs/03_state.ipynb #04d31703
+def _hold(f):
+    "Wait until an open file is ours; closing it lets it go"
+    if fcntl: return fcntl.flock(f, fcntl.LOCK_EX)
+    while True:   # Windows can only try
+        try: return _try_lock(f)
+        except PermissionError: time.sleep(0.01)
+
+@contextlib.contextmanager
+def _appending(
+    path,   # File of lines, made if need be
+):          # The open file, and where its whole lines end
+    "Own a file of lines until the block ends; a torn last line is removed first"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a+b', buffering=0) as f:
+            _hold(f)
+            whole = _end_of_lines(f)
+            if whole < f.seek(0, os.SEEK_END): f.truncate(whole)
+            yield f, whole
+    except OSError as e:
+        raise StateError(f'cannot append to {path}: {e.strerror}; its lines so far are unchanged') from e
+
+def _write_line(
+    f,            # Open file
+    whole: int,   # Where its lines end
+    line: bytes,  # With its newline
+):
+    "Write a line and flush it to the disk, or leave nothing of it"
+    try:
+        if f.write(line) != len(line): raise OSError(errno.ENOSPC, 'no space left')
+        os.fsync(f.fileno())
+    except OSError:
+        f.truncate(whole)
+        raise
+
+# %% ../nbs/03_state.ipynb #c685e9df
 def append_line(
     path,  # JSON lines file; made if need be
     obj,   # One record, as for `write_json`
 ):
     "Append one record as a line of JSON and flush it to the disk; a torn last line is removed first"
     line = json.dumps(_plain(obj), ensure_ascii=False).encode() + b'\n'
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a+b', buffering=0) as f:
-            if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
-            whole = _end_of_lines(f)
-            if whole < f.seek(0, os.SEEK_END): f.truncate(whole)
-            try:
-                if f.write(line) != len(line): raise OSError(errno.ENOSPC, 'no space left')
-                os.fsync(f.fileno())
-            except OSError:
-                f.truncate(whole)
-                raise
-    except OSError as e:
-        raise StateError(f'cannot append to {path}: {e.strerror}; its lines so far are unchanged') from e
+    with _appending(path) as (f, whole): _write_line(f, whole, line)
 
 def read_lines(
     path,       # JSON lines file; one that does not exist has no lines
@@ -180,16 +213,177 @@ def read_lines(
             raise StateError(f'line {i} of {path} is not JSON: {str(e)[:80]}') from e
     return [parse(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
+# %% ../nbs/03_state.ipynb #dbb06ad9
+def _stated(
+    line: bytes,   # A whole line of a chain, or nothing
+) -> str:          # What the next line calls `previous`
+    "The digest that a line states; of one that states none, that of its bytes"
+    if not line: return ''
+    try: return str(json.loads(line)['sha256'])
+    except (ValueError, RecursionError, TypeError, KeyError): return hashlib.sha256(line).hexdigest()
+
+def _line_before(
+    f,         # Open file
+    end: int,  # Where the line ends, behind its newline
+) -> bytes:    # Empty at the beginning of the file
+    start = _end_of_lines(f, end - 1)
+    f.seek(start)
+    return f.read(max(end, 0) - start)
+
+# %% ../nbs/03_state.ipynb #fba6766f
+class _Head(NamedTuple):
+    "What `.head` says of a chain"
+    lines: int   # How many there were
+    head: str    # What the last one states
+    size: int    # Where it ends, in bytes
+
+def _head_file(path) -> Path: return Path(f'{path}.head')
+
+def _write_head(path, head: _Head): write_json(_head_file(path), head._asdict())
+
+def _read_head(
+    path,             # The chain
+) -> _Head | None:    # None: there is no .head
+    "What was last said of a chain; StateError if that cannot be read"
+    file = _head_file(path)
+    if not os.path.lexists(file): return None
+    said = read_json(file)
+    try: head = _Head(**said)
+    except TypeError: head = _Head(*3 * [None])
+    typed = [type(v) for v in head] == [int, str, int]
+    if not typed or min(head.lines, head.size) < 0: raise StateError(f'{file} is not the .head of a chain')
+    return head
+
+def _grown(
+    f,                    # The open chain
+    whole: int,           # Where its lines end
+    said: _Head | None,   # What its .head says
+) -> int | None:          # None: there is no .head, or it saw another chain
+    "Number of lines of a chain that holds what its .head saw"
+    if said is None or said.size > whole or _stated(_line_before(f, said.size)) != said.head: return None
+    f.seek(said.size)
+    return said.lines + f.read(whole - said.size).count(b'\n')
+
+# %% ../nbs/03_state.ipynb #9ab4ff29
+def append_chained(
+    path,       # JSON lines file; made if need be. `<path>.head` stands beside it
+    obj: dict,  # One record, as for `write_json`; its line gets two more keys, `previous` and `sha256`
+) -> str:       # The line's sha256: the head of the chain from now on
+    "Append one record as a line that names the digest of the line before (Haber and Stornetta 1991, section 5.1)"
+    record = _plain(obj)
+    with _appending(path) as (f, whole):
+        if not whole and not os.path.lexists(_head_file(path)): _write_head(path, _Head(0, '', 0))
+        record['previous'] = _stated(_line_before(f, whole))
+        record['sha256'] = _digest(record)
+        line = json.dumps(record).encode() + b'\n'
+        _write_line(f, whole, line)
+        try: lines = _grown(f, whole + len(line), _read_head(path))
+        except StateError: lines = None
+        if lines is not None: _write_head(path, _Head(lines, record['sha256'], whole + len(line)))
+    return record['sha256']
+
+# %% ../nbs/03_state.ipynb #b5aba3a5
+class Chain(NamedTuple):
+    "What a chain holds, and what is wrong with it"
+    lines: list[dict]    # Records that can be read, oldest first
+    head: str            # What the last line states; '' without lines
+    faults: list[str]    # A sentence each; empty: whole as far as anybody can tell
+
+_CHAIN_LIMIT = 1 << 30   # Bytes
+
+def _chain_bytes(path: Path) -> bytes:
+    "All of a chain; nothing where there is none"
+    try:
+        if not os.path.lexists(path): return b''
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode): raise StateError(f'{path} is not a regular file')
+        if info.st_size > _CHAIN_LIMIT:
+            raise StateError(f'{path} has {info.st_size:,} bytes, at most {_CHAIN_LIMIT:,} are read')
+        return path.read_bytes()
+    except OSError as e: raise StateError(f'cannot read {path}: {e.strerror}') from e
+
+# %% ../nbs/03_state.ipynb #24c22355
+def _no_number(text: str): raise ValueError(f'{text} is no number')
+
+def _broken(
+    line: bytes,             # A whole line
+    before: str,             # What the line before it states
+) -> tuple[dict | None, str]:   # The record, None where there is none; what is wrong with it, '' for nothing
+    "Check one line of a chain"
+    try:
+        record = json.loads(line, parse_constant=_no_number)
+        whole = record['sha256'] == _digest(record)
+        follows = record['previous'] == before
+    except (ValueError, RecursionError, TypeError, KeyError): return None, 'cannot be read as a line of a chain'
+    if not whole: return record, 'was changed: it does not fit its own sha256'
+    return record, '' if follows else 'does not follow the line before it: a line was changed, added or taken away'
+
+# %% ../nbs/03_state.ipynb #2eb58021
+def _told(
+    path: Path,
+    wrong: dict[str, list[int]],   # What is wrong, and with which lines
+) -> list[str]:
+    "A sentence for each kind of damage"
+    def which(lines): return f'line {lines[0]}' + f' (and {len(lines) - 1} more)' * (len(lines) > 1)
+    return [f'{path}: {which(lines)} {what}' for what, lines in wrong.items()]
+
+def _witnessed(
+    path: Path,
+    said: _Head | None,    # What .head says
+    stated: list[str],     # What each line states
+) -> list[str]:
+    "What .head knows better than the lines"
+    there = len(stated)
+    if said is None:
+        gone = f'{_head_file(path)} is missing: whether lines were cut off cannot be told'
+        return [gone] if there else []
+    if there < said.lines: return [f'{path} has {there} lines, its .head says {said.lines}: it was cut or taken away']
+    if said.lines and stated[said.lines - 1] != said.head:
+        return [f'{path}: line {said.lines} is not the one that its .head names: the lines were written anew']
+    return []
+
+# %% ../nbs/03_state.ipynb #71dd570a
+def read_chained(
+    path,       # File of `append_chained`; one that was never there has no lines and no faults
+) -> Chain:
+    "Read and check a chain: whatever is wrong with it is told, and raises nothing; a torn last line is not a line"
+    path = Path(path)
+    try:
+        said = _read_head(path)
+        raw = _chain_bytes(path).split(b'\n')[:-1]
+    except StateError as e: return Chain([], '', [str(e)])
+    wrong = {}
+    records = []
+    stated = ['']
+    for i, line in enumerate(raw, 1):
+        record, what = _broken(line, stated[-1])
+        if what: wrong.setdefault(what, []).append(i)
+        if record is not None: records.append(record)
+        stated.append(_stated(line + b'\n') if record is None else str(record['sha256']))
+    return Chain(records, stated[-1], _told(path, wrong) + _witnessed(path, said, stated[1:]))
+
+# %% ../nbs/03_state.ipynb #bec3d2a4
+def _data_folder() -> Path:
+    "Where the system keeps a user's data"
+    if sys.platform == 'win32': return Path(os.environ.get('LOCALAPPDATA') or Path.home()/'AppData'/'Local')
+    if sys.platform == 'darwin': return Path.home()/'Library'/'Application Support'
+    named = os.environ.get('XDG_DATA_HOME', '')
+    return Path(named) if os.path.isabs(named) else Path.home()/'.local'/'share'
+
+def ledger_file() -> Path:
+    "The ledger of trials: the file that `CRYPTOML_LEDGER` names, or cryptoml/ledger.jsonl in the user's data folder"
+    try:
+        named = os.environ.get('CRYPTOML_LEDGER')
+        if named: return Path(named).expanduser().absolute()
+        return _data_folder()/'cryptoml'/'ledger.jsonl'
+    except RuntimeError as e:
+        raise StateError('there is no home folder for the ledger of trials: name a file in CRYPTOML_LEDGER') from e
+
 # %% ../nbs/03_state.ipynb #6f74d11f
 SCHEMA = 1               # Layout of a generation
 LIMIT = 16 << 30         # Bytes: a larger file is refused before it is read
 _GENERATION = re.compile(r'gen-\d{6,12}')
 _FILE = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.safetensors')
-
-def _digest(manifest: dict) -> str:
-    "SHA-256 of a manifest without its own digest, in one canonical spelling"
-    body = {k: v for k, v in manifest.items() if k != 'sha256'}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/03_state.ipynb #08f9fa8a
 def _to_bytes(part: dict[str, Tensor]) -> bytes:

@@ -1,10 +1,30 @@
-"""Settings of all tests: no screen, no network, the package of this checkout"""
-import os, sys
+"""Settings of all tests: no screen, no network, the package of this checkout, a ledger of trials of their own"""
+import os, shutil, sys, tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Before anything is imported, and for every process that the tests start: no test adds to the user's own trials.
+# A process that a test started keeps what that test set, also where it imports this file again.
+_WORKER = os.environ.get('PYTEST_XDIST_WORKER', 'alone')
+_FOLDER = None
+if os.environ.get('CRYPTOML_TESTS') != _WORKER:
+    _FOLDER = tempfile.mkdtemp(prefix='cryptoml-tests-')
+    os.environ.update(CRYPTOML_TESTS=_WORKER, CRYPTOML_LEDGER=str(Path(_FOLDER)/'ledger.jsonl'))
+
+def pytest_unconfigure():
+    if _FOLDER: shutil.rmtree(_FOLDER, ignore_errors=True)
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    "A ledger of this test alone, for one that counts: its path"
+    path = tmp_path/'own'/'ledger.jsonl'
+    monkeypatch.setenv('CRYPTOML_LEDGER', str(path))
+    return path
 
 
 def forked(f):

@@ -14,8 +14,10 @@ TERMS = Terms(
     data_until='2024-06-01T00:00:00+00:00',
     round_trip=ROUND_TRIP,
     threshold=.55,
+    reach=dict(down=1.7, up=1.8),
     importance=dict(rsi_14=.01),
     verdict='INCONCLUSIVE',
+    trials=dict(count=3, effective=2.4, place='ledger.jsonl', head=''),
     policy=asdict(Policy()),
 )
 

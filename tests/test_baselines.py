@@ -8,9 +8,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, softmax
 
+from cryptoml import baselines
 from cryptoml.baselines import (
-    BASELINES, N_CLASSES, LSTMPredictor, LinearPredictor, Seen, TransformerPredictor, boosting, fit_baselines, followed,
-    frequencies, har, logistic, momentum, past_class, positions, realised, softmax_regression, trend,
+    BASELINES, N_CLASSES, RIDGES, LSTMPredictor, LinearPredictor, Seen, TransformerPredictor, best_ridge, book_scores,
+    boosting, fit_baselines, followed, frequencies, har, har_inputs, joined, logistic, majority, momentum, past_class,
+    past_volatility, positions, realised, softmax_regression, trend,
 )
 from cryptoml.tft import TFTConfig, quantile_loss
 
@@ -22,7 +24,7 @@ S, H = 3000, 2
 
 @pytest.fixture(scope='module')
 def samples():
-    "Noise with labels that know nothing of it, a tenth of them missing"
+    "Training, validation and test: noise with labels that know nothing of it, a tenth of them missing"
     rng = np.random.default_rng(3)
     def some():
         labels = {k: rng.integers(0, n, (S, H)) for k, n in N_CLASSES.items()}
@@ -40,7 +42,7 @@ def samples():
             trend=rng.normal(size=(S, 2)),
             labels=labels,
         )
-    return some(), some()
+    return some(), some(), some()
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(2, 4))
@@ -80,12 +82,35 @@ def test_realised_is_its_formula(walk, t):
     there = r[np.isfinite(r)]
     assert np.isnan(got) if len(there) < 6 else np.isclose(got, .5 * np.log((there ** 2).mean() + 1e-12))
 
-@pytest.mark.parametrize('t', [5, 6, 50, 205, 207, 400])
-def test_trend_is_its_formula(walk, t):
+@pytest.mark.parametrize('timeframe, bars', [('1h', 336), ('4h', 84), ('1d', 14)])
+@pytest.mark.parametrize('t', [5, 50, 205, 214, 400, 499])
+def test_trend_is_its_formula(walk, timeframe, bars, t):
     close, sigma = walk
-    got = trend(close, sigma, 20)[0, t]
-    want = np.log(close[0, t] / close[0, t - 20]) / (sigma[0, t] * 20 ** .5) if t >= 20 else np.nan
+    got = trend(close, sigma, timeframe)[0, t]
+    want = np.log(close[0, t] / close[0, t - bars]) / (sigma[0, t] * bars ** .5) if t >= bars else np.nan
     assert np.isclose(got, want, equal_nan=True)
+    assert np.isclose(book_scores(close, sigma, timeframe)['momentum'][0, t], np.tanh(want), equal_nan=True)
+
+@pytest.mark.parametrize('timeframe, bars', [
+    ('15m', [24, 96, 672, 2880]),
+    ('1h', [6, 24, 168, 720]),
+    ('4h', [2, 6, 42, 180]),
+    ('12h', [1, 2, 14, 60]),
+    ('1d', [1, 7, 30, 90]),
+    ('7d', [1, 4, 13]),
+])
+def test_har_looks_back_on_different_spans_of_time(walk, timeframe, bars):
+    close, _ = walk
+    x = har_inputs(close, np.full((500, 2), 7.), timeframe)
+    assert x.shape == (2, 500, 1 + len(bars) + 2)
+    assert (x[..., 0] == 1).all() and (x[..., -2:] == 7).all()
+    for j, span in enumerate(bars): np.testing.assert_array_equal(x[..., 1 + j], realised(close, span))
+
+@pytest.mark.parametrize('timeframe, least', [('15m', 24), ('1h', 6), ('1d', 6)])
+def test_past_volatility_is_never_of_a_few_bars(walk, timeframe, least):
+    close, _ = walk
+    got = past_volatility(close, (1, 4, 48), timeframe)
+    for j, bars in enumerate((least, least, 48)): np.testing.assert_array_equal(got[..., j], realised(close, bars))
 
 def test_softmax_regression_is_the_minimum_another_solver_finds():
     rng = np.random.default_rng(2)
@@ -100,14 +125,60 @@ def test_softmax_regression_is_the_minimum_another_solver_finds():
     assert np.allclose(softmax(x1 @ w, 1), softmax(x1 @ other, 1), atol=1e-3)
     assert objective(w.ravel()) <= objective(other.ravel()) + 1e-6
 
+def test_softmax_regression_comes_down_a_narrow_valley():
+    "Inputs that say nearly the same; more samples of a class than of the others; nearly no ridge"
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(500, 1)) + [0, 1, 2] + 1e-3 * rng.normal(size=(500, 3))
+    y = (x[:, 0] + rng.normal(size=500) > 1.5).astype(int) * rng.integers(1, 3, 500)
+    w = softmax_regression(x, y, 3, 1e-6)
+    x1 = np.concatenate([x, np.ones((500, 1))], 1)
+    slope = x1.T @ (softmax(x1 @ w, 1) - np.eye(3)[y]) / 500 + 1e-6 * w * [[1], [1], [1], [0]]
+    assert abs(slope).max() < 1e-4
+
+def test_joined_is_one_after_the_other(samples):
+    old, held, _ = samples
+    both = joined(old, held)
+    for k, v in vars(both).items():
+        if k != 'labels': np.testing.assert_array_equal(v, np.concatenate([getattr(old, k), getattr(held, k)]))
+    for k, v in both.labels.items(): np.testing.assert_array_equal(v, np.concatenate([old.labels[k], held.labels[k]]))
+
+@pytest.mark.parametrize('target', N_CLASSES)
+def test_the_ridge_is_the_best_on_validation(samples, target):
+    old, held, new = samples
+    old, held = (replace(s, x=s.x + (s.labels['regime'][:, :1] == 2)) for s in (old, held))   # the regime can be seen
+    losses = {}
+    for l2 in RIDGES:
+        w, y = softmax_regression(old.x, old.labels[target][:, 1], N_CLASSES[target], l2), held.labels[target][:, 1]
+        logp = log_softmax(np.c_[held.x, np.ones(S)] @ w, 1)
+        losses[l2] = -np.mean([logp[s, y[s]] for s in range(S) if y[s] >= 0])
+    l2 = best_ridge(old, held, target, 1)
+    assert losses[l2] == min(losses.values())
+    both = joined(old, held)
+    w = softmax_regression(both.x, both.labels[target][:, 1], N_CLASSES[target], l2)
+    assert np.allclose(logistic(old, held)(new)[target][:, 1], softmax(np.c_[new.x, np.ones(S)] @ w, 1))
+
 def test_logistic_of_two_classes_is_the_sigmoid(samples):
-    old, new = samples
-    p, y = logistic(old)(new)['relative_direction'], old.labels['relative_direction'][:, 0]
-    w = softmax_regression(old.x, y, 2, 1e-2)
+    old, held, new = samples
+    p, y = logistic(old, held)(new)['relative_direction'], joined(old, held).labels['relative_direction'][:, 0]
+    w = softmax_regression(joined(old, held).x, y, 2, best_ridge(old, held, 'relative_direction', 0))
     assert np.allclose(p[:, 0, 1], expit(np.c_[new.x, np.ones(S)] @ (w[:, 1] - w[:, 0])))
 
+@pytest.mark.parametrize('fit', [logistic, boosting])
+def test_of_noise_no_more_is_said_than_frequencies(samples, fit):
+    "Hundreds of inputs that know nothing: an untuned fit learns them by heart"
+    rng = np.random.default_rng(4)
+    old, held, new = (replace(s, x=rng.normal(size=(S, 200))) for s in samples)
+    def loss(said, target):
+        y = new.labels[target][:, 0]
+        return -np.log(said[target][:, 0][np.arange(S), y])[y >= 0].mean()
+    tuned, plain = fit(old, held)(new), majority(joined(old, held))(new)
+    for target in ('direction', 'relative_direction'): assert loss(tuned, target) < loss(plain, target) + .005
+    w = softmax_regression(old.x, old.labels['direction'][:, 0], 3, .01)
+    by_heart = dict(direction=softmax(np.c_[new.x, np.ones(S)] @ w, 1)[:, None])
+    assert loss(by_heart, 'direction') > loss(plain, 'direction') + .05
+
 def test_har_is_least_squares(samples):
-    old, new = samples
+    old, _, new = samples
     forecast = har(old)(new)['volatility'][..., 0]
     for j in range(H):
         y = old.labels['volatility'][:, j]
@@ -117,37 +188,41 @@ def test_har_is_least_squares(samples):
         assert np.isnan(forecast[:50, j]).all()
 
 def test_momentum_of_an_unknown_trend_says_the_frequencies(samples):
-    old, new = samples
+    old, _, new = samples
     said = momentum(old)(replace(new, trend=np.full((S, 2), np.nan)))
     assert (said['relative'] == 0).all()
     assert np.allclose(said['direction'][0, 1], frequencies(old.labels['direction'][:, 1], 3))
 
-def test_trees_are_the_same_on_any_number_of_threads(samples):
-    old, new = samples
-    first = replace(old, labels={k: v[:, :1] for k, v in old.labels.items()})
+def test_trees_are_the_same_on_any_number_of_threads(samples, monkeypatch):
+    monkeypatch.setattr(baselines, 'ROUNDS', 60)
+    *seen, new = samples
+    first = [replace(s, past=s.past[:, :1], labels={k: v[:, :1] for k, v in s.labels.items()}) for s in seen]
     threads, said = torch.get_num_threads(), []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            said.append(boosting(first)(new))
+            said.append(boosting(*first)(new))
     finally: torch.set_num_threads(threads)
     one, two = said
     assert one.keys() == {'direction', 'relative_direction', 'relative', 'volatility'}
     assert all((one[k] == two[k]).all() for k in one)
 
 def test_trees_learn_from_labelled_samples_alone(samples):
-    old, _ = samples
-    x0, labelled = old.x[:, 0], np.arange(S) % 2 == 0
+    old, held, new = samples
+    def half(s, others):
+        "Samples of which half have x0 for a label and the others this many times x0"
+        factor = np.where(np.arange(S) % 2, others, 1)
+        y = (factor * s.x[:, 0])[:, None] * np.ones((1, H))
+        return replace(s, labels=s.labels | dict(relative=y))
     def likeness(others):
-        "Correlation of the forecast with x0, where half of the labels are x0 and the others this"
-        y = np.where(labelled, x0, others)[:, None] * np.ones((1, H))
-        said = boosting(replace(old, labels=old.labels | dict(relative=y)))(old)
-        return np.corrcoef(said['relative'][:, 0], x0)[0, 1]
-    assert likeness(np.nan) > .95 > likeness(-x0)
+        "Correlation of the forecast with x0"
+        said = boosting(half(old, others), half(held, others))(new)
+        return np.corrcoef(said['relative'][:, 0], new.x[:, 0])[0, 1]
+    assert likeness(np.nan) > .95 > likeness(-1)
 
 def test_one_interface(samples):
-    old, new = samples
-    fitted, absent = fit_baselines(old)
+    old, held, new = samples
+    fitted, absent = fit_baselines(old, held)
     assert not absent and list(fitted) == list(BASELINES)
     shapes = {k: (S, H, n) for k, n in N_CLASSES.items()} | dict(relative=(S, H), volatility=(S, H, 1))
     for f in fitted.values():
@@ -161,15 +236,15 @@ def test_one_interface(samples):
             assert (said[k] > 0).all()
 
 def test_too_few_coins_leave_targets_out(samples):
-    old, new = samples
-    labels = old.labels | dict(relative_direction=np.full((S, H), -1), relative=np.full((S, H), np.nan))
-    fitted, _ = fit_baselines(replace(old, labels=labels))
+    *seen, new = samples
+    none = dict(relative_direction=np.full((S, H), -1), relative=np.full((S, H), np.nan))
+    fitted, _ = fit_baselines(*[replace(s, labels=s.labels | none) for s in seen])
     assert 'relative_direction' not in fitted['logistic'](new)
     assert not {'relative_direction', 'relative'} & fitted['boosting'](new).keys()
 
 def test_without_lightgbm_the_others_remain(samples, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
-    fitted, absent = fit_baselines(samples[0])
+    fitted, absent = fit_baselines(*samples[:2])
     assert fitted.keys() == BASELINES.keys() - {'boosting'}
     assert absent == ['the boosting baseline needs lightgbm: pip install cryptoml[boosting]']
 

@@ -2,17 +2,18 @@
 import contextlib, hashlib, io
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from cryptoml import state
-from cryptoml.data import to_panel
-from cryptoml.forecaster import (ForecasterConfig, begin, forecast, input_groups, load_forecaster, make_inputs,
-                                 save_forecaster, split, train)
+from cryptoml.data import DataError, Panel, parse_timeframe, to_panel
+from cryptoml.forecaster import (MIN_DAYS, MIN_TRAIN, ForecasterConfig, begin, forecast, input_groups, least_history,
+                                 load_forecaster, make_inputs, needed_history, save_forecaster, split, train)
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.targets import make_targets
+from cryptoml.targets import Targets, make_targets
 from cryptoml.windows import Samples, grid
 
 
@@ -31,6 +32,66 @@ def world(tmp_path_factory):
         f, _ = train(inputs, targets, parts, ForecasterConfig(epochs=8), tmp_path_factory.mktemp('run'), 'cpu')
     everyone = to_panel(market.bars)
     return f, market, known, make_inputs(everyone, market.extra), make_targets(everyone)
+
+
+def empty(bars, timeframe, horizon):
+    "A panel without values, and when its labels are known"
+    length = parse_timeframe(timeframe)
+    time = pd.date_range('2020-01-01', periods=bars, freq=length, tz='UTC')
+    panel = Panel(time, ['BTC/USDT'], [], np.zeros((1, bars, 0)), np.ones((1, bars), bool), length)
+    return panel, Targets((1, horizon), None, {}, None, time + (1 + horizon) * length)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bars=st.integers(1500, 12_000),
+    timeframe=st.sampled_from(['15m', '1h', '4h', '1d']),
+    horizon=st.integers(2, 80),
+    days=st.none() | st.integers(10, 200))
+def test_parts_equal_brute_force(bars, timeframe, horizon, days):
+    panel, targets = empty(bars, timeframe, horizon)
+    closes, known = panel.time + panel.timeframe, targets.known
+    embargo = horizon * panel.timeframe
+    length = min(pd.Timedelta('182D'), (bars - 1) * panel.timeframe / 5) if days is None else pd.Timedelta(days, 'D')
+    ends = dict(test=closes[-1])
+    ends['gate'] = ends['test'] - length
+    ends['valid'] = ends['gate'] - embargo - length / 2
+    ends['train'] = ends['valid'] - embargo - length / 2
+    long = dict(test=length, gate=length / 2 + embargo, valid=length / 2 + embargo, train=pd.Timedelta('40000D'))
+    want = {k: [] for k in ends}
+    for i, (close, end) in enumerate(zip(closes, known)):
+        for k, last in ends.items():
+            inside = last - long[k] < close <= last
+            if inside and (k == 'test' or close <= last - embargo and end <= last): want[k].append(i)
+    before, need = (closes <= ends['gate']).sum(), least_history(panel.timeframe)
+    given_test = None if days is None else f'{days}D'
+    if before < need or len(want['train']) < MIN_TRAIN or length < pd.Timedelta(MIN_DAYS, 'D'):
+        with pytest.raises(DataError, match=f'has {before} bars before its .* needs {need} bars'):
+            split(panel, targets, given_test)
+        return
+    parts = split(panel, targets, given_test)
+    assert list(parts) == ['train', 'valid', 'gate', 'test']
+    for k, rows in parts.items(): assert np.flatnonzero(rows).tolist() == want[k], k
+    for k, after in zip(list(parts), list(parts)[1:]):
+        assert known[parts[k]].max() < closes[parts[after]].min()
+        assert closes[parts[after]].min() - closes[parts[k]].max() > embargo
+
+
+@pytest.mark.parametrize('timeframe, bars, days', [
+    ('15m', 4 * 1680 + 24, 70),
+    ('1h', 1680 + 24, 71),
+    ('4h', 1661 + 24, 281),       # the features count bars
+    ('1d', 1661 + 24, 1685),
+])
+def test_what_could_never_predict_is_not_trained(world, timeframe, bars, days):
+    f = world[0]
+    length = parse_timeframe(timeframe)
+    assert f.network.config.lookback == 24
+    assert needed_history(f, length) == least_history(length) == bars
+    enough = bars + pd.Timedelta('20D') // length
+    assert split(*empty(enough, timeframe, 24), '20D')['train'].sum() >= MIN_TRAIN
+    with pytest.raises(DataError, match=f'has {bars - 1} bars before .* needs {bars} bars .{days} days.'):
+        split(*empty(enough - 1, timeframe, 24), '20D')
 
 
 def last_usable(f, inputs, n=100):

@@ -150,6 +150,52 @@ def test_help(walk, capsys):
 @pytest.mark.parametrize('args, code', [(['--help'], 0), ([], 2), (['--list'], 0)], ids=str)
 def test_exit_code_of_help(args, code): assert jobs.main(args) == code
 
+# -- the ledger of trials
+
+def test_trials(ledger, capsys):
+    assert jobs.main(['trials']) == 0
+    assert 'no trials yet' in capsys.readouterr().out and not ledger.exists()
+    assert jobs.main(['trials', 'add', '20', '--note', 'a spreadsheet', '--question', 'carry']) == 0
+    assert capsys.readouterr().out == f'20 trials added to {ledger}\n'
+    done = command('trials')                                             # another process sees them
+    assert (done.returncode, done.stderr) == (0, '')
+    for shown in ('told', 'a spreadsheet', 'carry', '20.0', f'ledger: {ledger}'): assert shown in done.stdout
+
+@pytest.mark.parametrize('args, says', [
+    (['add'], 'arguments are required: count, --note'),
+    (['add', '3'], 'arguments are required: --note'),
+    (['add', 'many', '--note', 'x'], "invalid int value: 'many'"),
+    (['add', '0', '--note', 'x'], 'count is no number of trials'),
+    (['add', '3', '--note', ' '], 'note is empty'),
+    (['add', '3', '--no', 'x'], 'arguments are required: --note'),
+    (['remove', '3'], "invalid choice: 'remove'"),
+    (['--out'], 'unrecognized arguments'),
+], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
+def test_trials_refused(ledger, args, says, capsys):
+    assert jobs.main(['trials', *args]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count('\n') == 1
+    assert not ledger.exists()
+
+def test_trials_of_a_ledger_that_was_cut(ledger, capsys):
+    for i in range(2): jobs.main(['trials', 'add', str(3 + i), '--note', 'x'])
+    ledger.write_bytes(ledger.read_bytes().splitlines(keepends=True)[0])
+    capsys.readouterr()
+    assert jobs.main(['trials']) == 1
+    out = capsys.readouterr().out
+    assert f'fault: {ledger} has 1 lines, its .head says 2' in out and '3.0' in out
+
+def test_trials_that_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setenv('CRYPTOML_LEDGER', '/proc/none/ledger.jsonl')
+    assert jobs.main(['trials', 'add', '3', '--note', 'x']) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('cryptoml: cannot append to /proc/none/ledger.jsonl') and err.count('\n') == 1
+
+def test_help_of_trials(capsys):
+    assert jobs.main(['--help']) == jobs.main(['trials', '--help']) == jobs.main(['trials', 'add', '--help']) == 0
+    out = capsys.readouterr().out
+    assert out.count('cryptoml trials add') >= 2 and '--question' in out
+
 # -- runs
 
 def test_a_run_leaves_its_folder(walk, monkeypatch):

@@ -1,15 +1,17 @@
 "The newest bar by a network that learnt nothing: what is said of its defects, and what must not change a forecast"
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from examples import TERMS
 from cryptoml.data import DataError, clean, to_panel
 from cryptoml.forecaster import ForecasterConfig, begin, forecast, make_inputs, needed_history
 from cryptoml.newest import (SPARE, Faulty, Ready, Snapshot, TooShort, bar_faults, examine, look, others_masked,
                              predict_newest, recent_bars)
 from cryptoml.simulate import simulate
-from cryptoml.study import Terms
 from cryptoml.targets import trailing_sigma
 from cryptoml.windows import Samples
 
@@ -27,15 +29,12 @@ def world():
     inputs = make_inputs(panel)
     f = begin(inputs, panel.mask, ForecasterConfig())
     never = np.isnan(f.pick(inputs).x).all(1)                # Bitcoin is not compared with itself [N, F]
-    terms = Terms(
+    terms = replace(
+        TERMS,
         symbols=SYMBOLS,
-        timeframe='1h',
         trained_until=panel.time[2000].isoformat(),
         data_until=panel.time[2400].isoformat(),
-        round_trip=.0014,
-        threshold=None,
         importance={f.names[0]: .01},
-        verdict='INCONCLUSIVE',
         absent={symbol: list(np.array(f.names)[gone]) for symbol, gone in zip(SYMBOLS, never)},
     )
     return Snapshot(f, terms), market.bars.reset_index(drop=True), panel.time[-1] + H

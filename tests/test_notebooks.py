@@ -1,5 +1,5 @@
 """Every notebook runs, and has the shape the site and the exporter count on"""
-import ast, io, json, multiprocessing, os, re, sys
+import ast, io, json, multiprocessing, os, re, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -27,7 +27,9 @@ def execute(nb, send):
     sys.path.insert(0, str(root))
     from nbdev import test as runner   # its name would be collected
     sys.stderr = io.StringIO()
-    ok, _ = runner.test_nb(nb, skip_flags=skipped)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ['CRYPTOML_LEDGER'] = str(Path(folder)/'ledger.jsonl')   # its trials are no other notebook's
+        ok, _ = runner.test_nb(nb, skip_flags=skipped)
     send.send((ok, sys.stderr.getvalue()))
 
 @pytest.mark.parametrize('nb', notebooks, ids=name)

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings, strategies as st
 from examples import CLOCKS, TERMS, policies, real
 from cryptoml.newest import Prediction
 from cryptoml.policy import Policy
-from cryptoml.signals import MaxAge, Signal, doubts, make_signal
+from cryptoml.signals import MaxAge, Signal, doubts, make_signal, parts_of_book
+
 NOON = '2024-06-02T12:00:00+00:00'
 LATER = '2024-06-02 12:01'
 REGIMES = ('BULL', 'BEAR', 'RANGING', 'HIGH_VOL')
@@ -96,20 +97,21 @@ def in_order(s, p):
 
 def acts_as_asked(s, p, policy, asked):
     "What must hold of BUY and SELL"
-    assert asked is not None and p['confidence'] >= asked
+    assert asked is not None and p['confidence'] >= max(asked, .5)
     assert np.sign(s['target']) == np.sign(p['size'][-1])
     assert abs(s['target']) <= policy.max_weight
     assert not (policy.long_only and s['action'] == 'SELL')
 
 @settings(max_examples=400, deadline=None)
 @given(predictions(), policies, st.none() | real(0, 1), st.none() | real(0, 1))
-@example(written(quantiles=[[-1e-18, 0, 1e-18]] * 2), Policy(), 0., None)              # the prices are the same number
+@example(written(volatility=[1e-18] * 2), Policy(), 0., None)                          # the prices are the same number
+@example(written(volatility=[1e6] * 2), Policy(), 0., None)                            # or no numbers
 @example(written(sigma=0.), Policy(), 0., None)                                        # a pair that never moved
 def test_any_finite_prediction(p, policy, least, measured):
     terms = replace(TERMS, policy=asdict(policy), threshold=measured)
     asked = measured if least is None else least
     s = make_signal(p, terms, least, LATER)
-    if s is None: assert asked is None or p['confidence'] < asked
+    if s is None: assert asked is None or p['confidence'] < max(asked, .5)
     else:
         in_order(s, p)
         assert s['symbol'] == p['symbol']
@@ -118,6 +120,40 @@ def test_any_finite_prediction(p, policy, least, measured):
         if s['action'] != 'HOLD': acts_as_asked(s, p, policy, asked)
     asked_twice = make_signal(p, terms, least, LATER)
     assert asked_twice == s
+
+# ---- what is judged is what is told
+
+@pytest.mark.parametrize('verdict, act_on, acts', [
+    ('PASS', 'INCONCLUSIVE', True),
+    ('INCONCLUSIVE', 'INCONCLUSIVE', True),
+    ('FAIL', 'INCONCLUSIVE', False),
+    ('FAIL', 'FAIL', True),
+    ('INCONCLUSIVE', 'PASS', False),
+    ('PASS', 'PASS', True),
+])
+def test_a_model_that_failed_holds_unless_asked(verdict, act_on, acts):
+    s = make_signal(written(), replace(TERMS, verdict=verdict), 0., LATER, act_on=act_on)
+    assert s['action'] == ('BUY' if acts else 'HOLD')
+    assert acts or f'judged {verdict}' in s['reasoning'][0]
+
+@pytest.mark.parametrize('least', [None, 0., .3, .4])
+def test_a_confidence_under_one_half_is_never_enough(least):
+    against = written(direction=[dict(DOWN=.6, SIDEWAYS=.1, UP=.3)] * 2, confidence=.3 / .9)
+    assert make_signal(against, replace(TERMS, threshold=.33), least, LATER) is None
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(predictions(), min_size=1, max_size=6), policies, st.integers(0, 3))
+def test_positions_add_up_to_the_bounded_book(said, policy, silent):
+    symbols = [f'C{i}/USDT' for i in range(len(said) + silent)]
+    terms = replace(TERMS, symbols=symbols, policy=asdict(policy))
+    said = {k: p | dict(symbol=k, sigma=max(p['sigma'], 1e-5)) for k, p in zip(symbols, said)}
+    book = parts_of_book(said, terms)
+    assert list(book) == symbols and all(book[k] is None for k in symbols[len(said):])
+    gross = sum(abs(w) for w in book.values() if w is not None)
+    assert gross <= policy.max_gross * len(said) / len(symbols) * (1 + 1e-9)
+    for k, p in said.items():
+        s = make_signal(p, terms, 0., LATER, others=said)
+        if s and s['action'] != 'HOLD': assert s['target'] == book[k]
 
 WRONG = dict(
     price=lambda bad: bad,
@@ -166,10 +202,11 @@ def test_age_of_the_bar(late, word, form):
     assert make_signal(written(), TERMS, 0., now, wide)['action'] == 'BUY'
 
 def test_doubts_add_up():
-    p = written(in_sample=True, quantiles=[[.01, .02, .03]] * 2)
-    found = doubts(p, TERMS, pd.Timestamp('2024-06-03', tz='UTC'))
-    assert [f.split(':')[0] for f in found] == ['stale', 'in sample', 'one-sided']
-    assert make_signal(p, TERMS, 0., '2024-06-03')['reasoning'] == found
+    p, failed = written(in_sample=True, volatility=[1e-20] * 2), replace(TERMS, verdict='FAIL')
+    found = doubts(p, failed, pd.Timestamp('2024-06-03', tz='UTC'))
+    judged = 'judged FAIL on data until 2024-06-01'
+    assert [f.split(':')[0] for f in found] == ['stale', 'in sample', 'no room', judged]
+    assert make_signal(p, failed, 0., '2024-06-03')['reasoning'] == found
 
 NOTHING = dict.fromkeys(Prediction.__annotations__) | dict(
     symbol='BTC/USDT',

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
+from scipy.linalg import expm, logm
 
-from cryptoml.simulate import DRIVERS, NOISES, TRANSITION, Market, coins, simulate
+from cryptoml.data import parse_timeframe
+from cryptoml.simulate import DRIVERS, NOISES, TRANSITION, Market, ar1, coins, shocks, simulate
 
 
 @pytest.fixture(scope='module')
@@ -60,8 +62,6 @@ def test_truth_has_the_agreed_shape(market):
     assert market.truth.index.names == ['symbol', 'time']
     assert len(market.truth) == len(market.bars) == len(market.extra)
     assert market.lead_lag.shape == (8, 8)
-    assert list(market.cost.index) == market.symbols
-    assert market.cost.between(5e-4, 1e-3).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -153,6 +153,155 @@ def test_the_drift_is_the_sum_of_its_parts_and_linear_in_the_drivers(market):
 def test_being_always_long_earns_nothing(market):
     coin = market.truth.groupby('symbol')
     assert (coin['drift'].mean() / coin['scale'].first()).abs().max() < 0.01
+
+
+def bars_in(days, timeframe): return round(pd.Timedelta(days, 'D') / parse_timeframe(timeframe))
+
+
+def hours_of(timeframe): return parse_timeframe(timeframe) / pd.Timedelta(1, 'h')
+
+
+@pytest.mark.parametrize('timeframe, days', [('15m', 90), ('1h', 365), ('4h', 4 * 365), ('1d', 4 * 365)])
+def test_at_signal_0_nothing_is_earned_by_holding(timeframe, days):
+    "All coins, one coin, and weights at random that last for days, some of them short; every seed one observation"
+    def earned(seed):
+        m = simulate(8, bars_in(days, timeframe), 0, seed, timeframe=timeframe)
+        x = np.expm1(log_returns(m))
+        weight = ar1(np.random.default_rng(seed).standard_normal(x.shape), 0.5 ** (hours_of(timeframe) / 48))
+        return x.mean(), x[0].mean(), (weight * x).mean(), (np.sign(weight) * x).mean()
+    mean = np.array([earned(seed) for seed in range(16)])
+    error = mean.std(0, ddof=1) / np.sqrt(len(mean))
+    assert (np.abs(mean.mean(0)) < 3 * error).all()
+
+
+@pytest.mark.parametrize('timeframe', ['15m', '1h', '4h', '1d'])
+def test_prices_are_martingales_to_a_fiftieth_of_half_the_variance(timeframe):
+    "A shock and its opposite are as likely: exp(-s²/2) cosh(shock), the mean of the two growths, is 1 on average"
+    hours = hours_of(timeframe)
+    world = shocks(np.random.default_rng(1), 8, np.arange(60_000) * hours % 24, hours)
+    growth = (np.exp(-world['s'] ** 2 / 2) * np.cosh(world['shock'])).mean(0)
+    error = growth.std() / np.sqrt(len(growth))
+    assert error < (world['sigma'] ** 2).mean() / 2 / 50
+    assert abs(growth.mean() - 1) < 3 * error
+
+
+def test_half_the_variance_is_the_only_difference_to_the_shock(silent):
+    "Second implementation: shocks drawn again with the market's seed"
+    world = shocks(np.random.default_rng(3), 8, np.arange(24 * 365 + 1) % 24)
+    r = world['shock'] - world['s'] ** 2 / 2
+    np.testing.assert_allclose(log_returns(silent), r[:, :-1], atol=1e-12)
+
+
+LENGTHS = ['15m', '30m', '1h', '2h', '4h', '1d']
+
+
+@pytest.mark.parametrize('timeframe', LENGTHS)
+def test_half_lives_and_volatilities_are_those_of_hours(timeframe):
+    hours = hours_of(timeframe)
+    m = simulate(4, max(bars_in(365, timeframe), 10_000), seed=2, timeframe=timeframe)
+    lives = {name: life for name, (life, _) in DRIVERS.items()} | NOISES
+    for name, life in lives.items():
+        x = matrix(m, m.extra[name])
+        left = (x[:, 1:] * x[:, :-1]).mean() / (x ** 2).mean()
+        assert abs(left - 0.5 ** (hours / life)) < 0.03
+    shock = log_returns(m)[:, 1:] - matrix(m, m.truth['drift'])[:, :-1]
+    scale = matrix(m, m.truth['scale'])[:, 0]
+    assert ((scale / np.sqrt(hours) > 0.0056) & (scale / np.sqrt(hours) < 0.0107)).all()
+    assert np.abs(shock.std(1) / scale - 1).max() < 0.15
+
+
+@pytest.mark.parametrize('timeframe', LENGTHS)
+def test_the_chain_moves_by_hours(timeframe):
+    "Against the exponential of its generator"
+    hours = hours_of(timeframe)
+    state = simulate(1, 60_000, seed=2, timeframe=timeframe).truth['regime'].to_numpy()
+    moves = np.zeros((4, 4))
+    np.add.at(moves, (state[:-1], state[1:]), 1)
+    chance = expm(logm(TRANSITION).real * hours)
+    error = np.sqrt(chance * (1 - chance) / moves.sum(1, keepdims=True))
+    assert (np.abs(moves / moves.sum(1, keepdims=True) - chance) < 4.5 * error).all()
+
+
+@pytest.mark.parametrize('timeframe', LENGTHS)
+def test_expected_is_what_hours_would_say(timeframe):
+    "From the drivers and the regime seen at a close: two days, summed hour by hour"
+    m = simulate(3, 400, seed=6, timeframe=timeframe)
+    hours = hours_of(timeframe)
+    extra = m.extra.set_index(['symbol', 'time'])
+    hourly = m.truth['scale'] / np.sqrt(hours)
+    chance = np.eye(4)[m.truth['regime']]
+    drivers = 0
+    regime = 0
+    for k in range(48):
+        for name, (life, weight) in DRIVERS.items():
+            drivers = drivers + hourly * weight * extra[name] * 0.5 ** (k / life)
+        regime = regime + hourly * (chance @ np.array([0.05, -0.05, 0, 0]))
+        chance = chance @ TRANSITION
+    bars = bars_in(2, timeframe)
+    np.testing.assert_allclose(m.expected(bars, list(DRIVERS)), drivers, atol=1e-12)
+    np.testing.assert_allclose(m.expected(bars, ['regime']), regime, atol=1e-12)
+    np.testing.assert_allclose(m.expected(1), m.truth['drift'], atol=1e-15)
+
+
+@pytest.mark.parametrize('timeframe', LENGTHS)
+def test_a_forecast_has_slope_one_in_any_bars(timeframe):
+    "Realised on expected: all parts over a day, lead-lag over its hour; every seed one observation"
+    def slope(m, h, parts=None):
+        e = matrix(m, m.expected(h, parts))[:, :-h]
+        total = np.cumsum(log_returns(m), 1)
+        y = total[:, h:] - total[:, :-h]
+        return (e * y).sum() / (e * e).sum()
+    day = bars_in(1, timeframe)
+    hour = max(bars_in(1 / 24, timeframe), 1)
+    markets = [simulate(6, max(bars_in(365, timeframe), 3000), 1, seed, timeframe=timeframe) for seed in range(8)]
+    slopes = np.array([(slope(m, day), slope(m, hour, ['lead_lag'])) for m in markets])
+    error = slopes.std(0, ddof=1) / np.sqrt(len(slopes))
+    assert (np.abs(slopes.mean(0) - 1) < 4 * error).all()
+    assert (error < [0.1, 0.25]).all()
+
+
+@pytest.mark.parametrize('timeframe, days', [('15m', 365), ('4h', 5 * 365), ('1d', 5 * 365)])
+def test_the_oracle_is_as_right_over_the_same_hours(timeframe, days):
+    def scores(frame, days):
+        m = simulate(8, bars_in(days, frame), seed=4, timeframe=frame)
+        total = np.cumsum(log_returns(m), 1)
+        rows = {}
+        for hours in (4, 12, 24):
+            if hours < hours_of(frame): continue
+            h = bars_in(hours / 24, frame)
+            e = matrix(m, m.expected(h))[:, :-h]
+            right = (np.sign(e) == np.sign(total[:, h:] - total[:, :-h])).mean()
+            rows[hours] = dict(right=right, size=np.sqrt((e ** 2).mean() / (h * m.truth['scale'] ** 2).mean()))
+        return pd.DataFrame(rows)
+    own = scores(timeframe, days)
+    hourly = scores('1h', 3 * 365)[own.columns]
+    assert (own.loc['right'] - hourly.loc['right']).abs().max() < 0.035
+    assert (own.loc['size'] / hourly.loc['size'] - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize('signal', [0, 1])
+def test_five_years_stay_sane(signal):
+    m = simulate(8, 5 * 365 * 24, signal, seed=1)
+    assert np.isfinite(m.bars.select_dtypes('number')).all(axis=None)
+    assert np.isfinite(m.truth).all(axis=None)
+    first = m.bars.groupby('symbol')['open'].transform('first')
+    assert (m.bars['high'] / first).max() < 1e6
+    assert (m.bars['low'] / first).min() > 1e-6
+
+
+@pytest.mark.parametrize('timeframe', ['15m', '1h', '4h', '12h', '1d'])
+def test_funding_is_paid_three_times_a_day_and_reads_the_past_day(timeframe):
+    m = simulate(1, bars_in(20, timeframe), seed=1, timeframe=timeframe)
+    rate = m.funding.set_index('time')['funding_rate']
+    assert set(rate.index.hour) == {0, 8, 16}
+    assert (rate.index.diff().dropna() == pd.Timedelta(8, 'h')).all()
+    close = np.log(m.bars['close'])
+    close.index = m.bars['time'] + m.timeframe                             # when it was known
+    day_before = close.reindex(rate.index - pd.Timedelta(1, 'D'), method='ffill').to_numpy()
+    past = close.reindex(rate.index, method='ffill') - day_before
+    noise = (rate - 0.005 * past - 1e-4).dropna()
+    assert len(noise) > 50
+    assert noise.abs().max() < 5 * 5e-5
 
 
 @pytest.mark.parametrize('h', [1, 4, 24])

@@ -1,6 +1,6 @@
 "Faults of the state on disk: kills, full and read-only disks, damage, malice, several processes (suites 4, 5, 6, 14)"
-import contextlib, errno, hashlib, json, os, pickle, random, resource, shutil, signal
-import tempfile, threading, time, warnings
+import contextlib, errno, hashlib, itertools, json, os, pickle, random, re, resource, shutil
+import signal, sys, tempfile, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from conftest import ended, forked
 from cryptoml import state
 from cryptoml.state import (
-    StateError, append_line, generations, load, lock, read_json, read_lines, save, write_json)
+    Chain, StateError, append_chained, append_line, generations, ledger_file, load, lock, read_chained, read_json,
+    read_lines, save, write_json)
 
 unix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks, signals and users of Unix')
 
@@ -197,6 +198,7 @@ def test_read_only_folder():
             lambda: put(root, 2),
             lambda: write_json(root/'a.json', 1),
             lambda: append_line(root/'a.jsonl', 1),
+            lambda: append_chained(root/'b.jsonl', {}),
         )
         def reader():
             if os.getuid() == 0:   # root may write anywhere
@@ -560,3 +562,276 @@ def test_json_is_readable_by_others(tmp_path):
         g={'1': True},
     )
     assert [p.name for p in tmp_path.iterdir()] == ['m.json']
+
+# ---- lines that hold each other
+
+def head_of(path): return path.with_name(path.name + '.head')
+
+def resigned(records):
+    "Records as lines, each with a digest that fits and naming the one before"
+    before = ''
+    for r in records:
+        r = {k: v for k, v in r.items() if k != 'sha256'} | dict(previous=before)
+        r['sha256'] = before = state._digest(r)
+        yield r
+
+def put_lines(path, records): path.write_bytes(b''.join(json.dumps(r).encode() + b'\n' for r in records))
+
+@pytest.fixture
+def chain(tmp_path):
+    path = tmp_path/'deep'/'chain.jsonl'
+    for i in range(6): append_chained(path, dict(i=i, returns=[i / 7, 1e-3], name='ü\n"'))
+    return path
+
+def test_a_whole_chain(chain):
+    lines, head, faults = read_chained(chain)
+    assert [r['i'] for r in lines] == list(range(6)) and faults == []
+    assert head == lines[-1]['sha256'] == read_json(head_of(chain))['head']
+    assert [r['previous'] for r in lines] == ['', *(r['sha256'] for r in lines[:-1])]
+    for r in lines: assert hashlib.sha256(json.dumps(without(r), sort_keys=True).encode()).hexdigest() == r['sha256']
+    assert append_chained(chain, {}) == read_chained(chain).head
+
+def without(record): return {k: v for k, v in record.items() if k != 'sha256'}
+
+def test_a_chain_torn_anywhere(chain):
+    "What .head has not seen yet may be torn: the line is lost, and nothing is said"
+    data = chain.read_bytes()
+    for k in range(7):
+        ends = [0, *itertools.accumulate(len(line) + 1 for line in data.split(b'\n')[:-1])]
+        head = read_chained(chain).lines[k - 1]['sha256'] if k else ''
+        write_json(head_of(chain), dict(lines=k, head=head, size=ends[k]))
+        for cut in range(ends[k], len(data) + 1, 17):
+            chain.write_bytes(data[:cut])
+            whole = data[:cut].count(b'\n')
+            found = read_chained(chain)
+            assert (len(found.lines), found.faults) == (whole, [])
+            append_chained(chain, dict(new=1))
+            found = read_chained(chain)
+            assert (len(found.lines), found.faults) == (whole + 1, [])
+            assert read_json(head_of(chain))['lines'] == whole + 1
+            write_json(head_of(chain), dict(lines=k, head=head, size=ends[k]))
+        chain.write_bytes(data)
+
+def forged(path, change):
+    "The records after a change, all digests computed anew"
+    records = read_lines(path)
+    change(records)
+    put_lines(path, resigned(records))
+
+TAMPERED = {
+    'the last line cut': (
+        lambda p: put_lines(p, read_lines(p)[:-1]), ['has 5 lines, its .head says 6']),
+    'cut in the last line': (
+        lambda p: p.write_bytes(p.read_bytes()[:-9]), ['has 5 lines, its .head says 6']),
+    'a line cut from the middle': (
+        lambda p: put_lines(p, read_lines(p)[:2] + read_lines(p)[3:]), ['line 3 does not follow', 'has 5 lines']),
+    'the first cut': (
+        lambda p: put_lines(p, read_lines(p)[1:]), ['line 1 does not follow', 'has 5 lines']),
+    'cut in the middle of a line': (
+        lambda p: p.write_bytes(p.read_bytes()[:300] + p.read_bytes()[310:]),
+        ['line 2 cannot be read', 'line 3 does not follow']),
+    'a value': (
+        lambda p: p.write_text(p.read_text().replace('"i": 3', '"i": 4')), ['line 4 was changed']),
+    'a value and its digest': (
+        lambda p: put_lines(p, [r | dict(sha256=state._digest(r | dict(i=9)), i=9) if r['i'] == 3 else r
+                                for r in read_lines(p)]),
+        ['line 5 does not follow']),
+    'the last value and its digest': (
+        lambda p: put_lines(p, [r | dict(sha256=state._digest(r | dict(i=9)), i=9) if r['i'] == 5 else r
+                                for r in read_lines(p)]),
+        ['line 6 is not the one that its .head names']),
+    'two lines in another order': (
+        lambda p: put_lines(p, [read_lines(p)[i] for i in (0, 2, 1, 3, 4, 5)]), [r'line 2 \(and 2 more\) does not']),
+    'all of it anew': (
+        lambda p: forged(p, lambda r: r[0].update(i=9)), ['line 6 is not the one that its .head names']),
+    'all of it anew, a line less': (
+        lambda p: forged(p, lambda r: r.pop(2)), ['has 5 lines, its .head says 6']),
+    'all of it anew, a line more': (
+        lambda p: forged(p, lambda r: r.insert(0, dict(i=9))), ['line 6 is not the one that its .head names']),
+    'deleted': (lambda p: p.unlink(), ['has 0 lines, its .head says 6']),
+    'its head deleted': (lambda p: head_of(p).unlink(), ['chain.jsonl.head is missing']),
+}
+
+@pytest.mark.parametrize('how', TAMPERED)
+def test_a_tampered_chain(chain, how):
+    change, says = TAMPERED[how]
+    change(chain)
+    found = read_chained(chain)
+    assert len(found.faults) == len(says), found.faults
+    for fault, words in zip(found.faults, says): assert re.search(words, fault), fault
+    for i in range(3): append_chained(chain, dict(i=10 + i))      # and what is appended later does not hide it
+    assert read_chained(chain).faults
+    assert [r['i'] for r in read_chained(chain).lines][-3:] == [10, 11, 12]
+
+def test_who_takes_both_files_leaves_no_trace_here(chain):
+    "Only a head that was kept elsewhere tells: `cryptoml.ledger` asks for those of the models"
+    head = read_chained(chain).head
+    chain.unlink()
+    head_of(chain).unlink()
+    assert read_chained(chain) == Chain([], '', [])
+    append_chained(chain, dict(i=0))
+    assert head not in [r['sha256'] for r in read_chained(chain).lines]
+
+HOSTILE = [
+    b'not JSON', b'', b'[]', b'3', b'null', b'"sha256"', b'{}', b'{"sha256": 1, "previous": ""}', b'\xff\xfe\x00',
+    b'[' * 100_000, b'{"a":' * 50_000, b'9' * 100_000, b'{"sha256": NaN, "previous": Infinity}',
+    b'{"i": 1e999, "previous": "", "sha256": ""}',
+    b'{"a":' * 900 + b'1' + b'}' * 900,
+]
+
+@pytest.mark.parametrize('line', HOSTILE, ids=lambda line: str(line[:20]))
+def test_a_hostile_line(chain, line):
+    lines = chain.read_bytes().splitlines(keepends=True)
+    chain.write_bytes(b''.join(lines[:3]) + line + b'\n' + b''.join(lines[3:]))
+    found = read_chained(chain)
+    assert len(found.lines) in (6, 7)                              # the others are read
+    assert 'line 4' in found.faults[0]
+    append_chained(chain, {})
+    assert len(read_chained(chain).lines) in (7, 8)
+
+@pytest.mark.parametrize('line', HOSTILE, ids=lambda line: str(line[:20]))
+def test_after_a_hostile_line(chain, line):
+    with open(chain, 'ab') as f: f.write(line + b'\n')
+    append_chained(chain, dict(i=6))
+    found = read_chained(chain)
+    assert found.lines[-1]['i'] == 6 and 'line 7' in found.faults[0]
+    assert len(found.faults) == 1                                  # the next line follows the bytes it found
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_as_a_chain(data):
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp)/'c.jsonl'
+        path.write_bytes(data)
+        assert bool(read_chained(path).faults) == (b'\n' in data)
+        append_chained(path, dict(i=1))
+        assert read_chained(path).lines[-1]['i'] == 1
+
+HEADS = ['', '[]', '{}', '{"lines": -9, "head": "", "size": 0}', '{"lines": "6", "head": "", "size": 0}', '\0',
+         '{"lines": 1, "head": "", "size": 0, "more": 1}', '{"lines": 6, "head": null, "size": 1e999}', '[' * 100_000]
+
+@pytest.mark.parametrize('text', HEADS, ids=lambda text: text[:30])
+def test_a_damaged_head(chain, text):
+    head_of(chain).write_text(text)
+    for _ in range(2):
+        assert 'chain.jsonl.head' in read_chained(chain).faults[0]
+        append_chained(chain, {})
+    assert head_of(chain).read_text() == text                      # left for somebody to look at
+
+@unix
+def test_a_chain_that_is_no_file(chain):
+    kept = chain.rename(chain.parent/'kept')
+    for make in (lambda: chain.mkdir(), lambda: os.mkfifo(chain), lambda: chain.symlink_to('/dev/zero')):
+        make()
+        assert 'is not a regular file' in read_chained(chain).faults[0]
+        with pytest.raises(StateError): append_chained(chain, {})
+        chain.rmdir() if chain.is_dir() else chain.unlink()
+    chain.symlink_to(kept)                                         # a link to a file is the user's own affair
+    assert read_chained(chain).faults == []
+
+@unix
+def test_a_chain_of_four_processes(tmp_path):
+    path = tmp_path/'c.jsonl'
+    def writer(who):
+        for i in range(40): append_chained(path, dict(who=who, i=i, pad='x' * 500))
+    pids = [forked(lambda who=who: writer(who)) for who in range(4)]
+    running = set(pids)
+    while running:                                                 # a reader meanwhile sees a whole chain
+        assert read_chained(path).faults == []
+        running -= {pid for pid in running if os.waitpid(pid, os.WNOHANG) != (0, 0)}
+    lines, head, faults = read_chained(path)
+    assert faults == []
+    for who in range(4): assert [r['i'] for r in lines if r['who'] == who] == list(range(40))
+    assert read_json(head_of(path)) == dict(lines=160, head=head, size=path.stat().st_size)
+
+@unix
+def test_kill_while_appending_to_a_chain(tmp_path):
+    path = tmp_path/'c.jsonl'
+    def endless():
+        for i in itertools.count():
+            append_chained(path, dict(i=i, pad='x' * 9000))
+            os.write(w, b'x')
+    rng = random.Random(0)
+    there = 0
+    for _ in range(20):
+        r, w = os.pipe()
+        pid = forked(endless)
+        os.close(w)
+        acknowledged = len(os.read(r, 1))
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+        while chunk := os.read(r, 1 << 16): acknowledged += len(chunk)
+        os.close(r)
+        found = read_chained(path)
+        assert found.faults == []
+        assert len(found.lines) - there in (acknowledged, acknowledged + 1)   # none lost that was acknowledged
+        there = len(found.lines)
+    assert there >= 20
+
+@unix
+@pytest.mark.parametrize('fault', ['kill', 'disk full'])
+def test_fault_at_every_step_of_an_append(tmp_path, fault):
+    def faulty():
+        fail_at(k, fault)
+        try: append_chained(path, dict(i=9))
+        except StateError as e:
+            assert 'No space left' in str(e)
+            return 3
+    for k in range(1, 20):
+        path = tmp_path/str(k)/'c.jsonl'
+        if k % 2: append_chained(path, dict(i=0))                             # the first of all lines, and a later one
+        code = ended(forked(faulty))
+        before = k % 2
+        assert read_chained(path).faults == []
+        assert len(read_chained(path).lines) - before in ((1,) if code == 0 else (0, 1))
+        append_chained(path, dict(i=1))
+        assert read_chained(path).faults == []
+        if code == 0 and k > 12: break
+    assert code == 0
+
+@unix
+def test_a_chain_on_a_full_disk(chain):
+    before = chain.read_bytes()
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        try: append_chained(chain, dict(pad='x' * 5000))
+        except StateError as e: return 0 if 'unchanged' in str(e) and '\n' not in str(e) else 2
+        return 3
+    assert ended(forked(full)) == 0
+    assert chain.read_bytes() == before and read_chained(chain).faults == []
+
+def test_a_long_chain_is_read(tmp_path):
+    path = tmp_path/'c.jsonl'
+    put_lines(path, resigned(dict(i=i, returns=[1.23456e-3] * 365) for i in range(5000)))
+    last = read_lines(path)[-1]['sha256']
+    write_json(head_of(path), dict(lines=5000, head=last, size=path.stat().st_size))
+    lines, head, faults = read_chained(path)
+    assert (len(lines), head, faults) == (5000, last, [])
+
+@pytest.mark.parametrize('platform, env, expected', [
+    ('linux', dict(CRYPTOML_LEDGER='/x/l.jsonl', XDG_DATA_HOME='/y'), '/x/l.jsonl'),
+    ('linux', dict(CRYPTOML_LEDGER='~/l.jsonl'), '/h/l.jsonl'),
+    ('linux', dict(CRYPTOML_LEDGER='l.jsonl'), '/cwd/l.jsonl'),
+    ('linux', dict(XDG_DATA_HOME='/y'), '/y/cryptoml/ledger.jsonl'),
+    ('linux', dict(XDG_DATA_HOME='y'), '/h/.local/share/cryptoml/ledger.jsonl'),   # relative: to be ignored (XDG)
+    ('linux', {}, '/h/.local/share/cryptoml/ledger.jsonl'),
+    ('linux', dict(CRYPTOML_LEDGER=''), '/h/.local/share/cryptoml/ledger.jsonl'),
+    ('darwin', {}, '/h/Library/Application Support/cryptoml/ledger.jsonl'),
+    ('win32', dict(LOCALAPPDATA='/a'), '/a/cryptoml/ledger.jsonl'),
+    ('win32', {}, '/h/AppData/Local/cryptoml/ledger.jsonl'),
+], ids=str)
+def test_where_the_ledger_lies(monkeypatch, platform, env, expected):
+    for name in ('CRYPTOML_LEDGER', 'XDG_DATA_HOME', 'LOCALAPPDATA'): monkeypatch.delenv(name, raising=False)
+    for name, value in (env | dict(HOME='/h')).items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, 'platform', platform)
+    monkeypatch.setattr(os, 'getcwd', lambda: '/cwd')
+    assert ledger_file().as_posix() == expected
+
+def test_no_home_for_the_ledger(monkeypatch):
+    def homeless(*args): raise RuntimeError('Could not determine home directory.')
+    monkeypatch.delenv('CRYPTOML_LEDGER', raising=False)
+    monkeypatch.delenv('XDG_DATA_HOME', raising=False)
+    monkeypatch.setattr(Path, 'home', homeless)
+    with pytest.raises(StateError, match='name a file in CRYPTOML_LEDGER'): ledger_file()

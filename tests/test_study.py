@@ -1,58 +1,21 @@
-"A forecaster beside its baselines; what signals must know of it: confidence, threshold, terms (suites 7, 11)"
-import json, math, pickle, sys
+"A forecaster beside its baselines, at one cost; trials; what signals must know of it (suites 7, 11)"
+import json, pickle, sys
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
-
 from examples import TERMS
 from cryptoml.data import to_panel
-from cryptoml.forecaster import ForecasterConfig, begin
+from cryptoml.backtest import Costs
+from cryptoml.forecaster import ForecasterConfig, begin, save_forecaster
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.study import Study, Terms, confidence, evaluate, possible, threshold
+from cryptoml.study import Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible, trade
 from cryptoml.verdict import gain_table
 
 SAVED = asdict(TERMS)
-
-# ---- confidence and its threshold
-
-@given(st.lists(st.floats(.001, 1), min_size=3, max_size=3), st.floats(-1, 1))
-def test_confidence_is_a_probability(direction, size):
-    direction = np.array(direction) / sum(direction)
-    c = float(confidence(direction, np.float64(size)))
-    mirrored = confidence(direction[::-1], np.float64(size))
-    assert 0 <= c <= 1
-    assert c == pytest.approx(1 - mirrored, abs=1e-9)
-
-@pytest.fixture
-def year():
-    "Four samples a day of which 60 % paid: how sure, what they left, their day"
-    rng = np.random.default_rng(0)
-    day = np.arange(300).repeat(4)
-    sure = rng.uniform(.5, .6, 1200)
-    net = np.where(rng.random(1200) < .6, .01, -.01)
-    return sure, net, day
-
-def test_threshold_of_what_pays_lets_everything_through(year):
-    sure, net, day = year
-    assert threshold(sure, net, day) == pytest.approx(sure.min())
-
-def test_what_is_not_known_yet_does_not_count(year):
-    sure, net, day = year
-    open_yet = threshold(np.append(sure, .99), np.append(net, math.nan), np.append(day, 300))
-    assert open_yet == threshold(sure, net, day)
-
-@pytest.mark.parametrize('case', [
-    pytest.param(lambda sure, day: (sure, np.full(1200, math.nan), day), id='nothing is known'),
-    pytest.param(lambda sure, day: (sure[:0], sure[:0], day[:0]), id='no sample'),
-    pytest.param(lambda sure, day: (sure, np.full(1200, .01), np.zeros(1200, int)), id='one day alone'),
-])
-def test_threshold_needs_enough(year, case):
-    sure, _, day = year
-    assert threshold(*case(sure, day)) is None
 
 # ---- terms
 
@@ -67,7 +30,7 @@ def test_terms_are_pickled():
     assert pickle.loads(pickle.dumps(TERMS)) == TERMS
 
 @pytest.mark.parametrize('key', ['symbols', 'timeframe', 'trained_until', 'data_until', 'round_trip', 'threshold',
-                                 'importance', 'verdict'])
+                                 'reach', 'importance', 'verdict', 'trials'])
 def test_terms_that_miss_something(key):
     terms = {k: v for k, v in SAVED.items() if k != key}
     with pytest.raises(StateError, match='train it again'): Terms.read(dict(terms=terms))
@@ -83,6 +46,10 @@ def test_every_field_of_the_terms_has_a_rule():
     dict(trained_until='2024-07-01T00:00:00+00:00'),
     dict(round_trip=1.),
     dict(threshold=1.01),
+    dict(reach=dict(down=1.)),
+    dict(reach=dict(down=-1., up=1.)),
+    dict(reach=dict(down=1., up='far')),
+    dict(trials=dict(count=3)),
     dict(importance=dict(rsi_14='much')),
     dict(verdict='MAYBE'),
     dict(sources='extra'),
@@ -99,7 +66,7 @@ def test_terms_that_cannot_be(bad):
 @pytest.fixture(scope='module')
 def judged():
     "A small market, and two untrained forecasters"
-    study = Study.of(to_panel(simulate(n_symbols=3, n_bars=2600, seed=5).bars), (4, 12))
+    study = Study.of(to_panel(simulate(n_symbols=3, n_bars=4200, seed=5).bars), (4, 12))
     rows = np.broadcast_to(study.parts['train'], study.panel.mask.shape)
     c = ForecasterConfig(horizons=(4, 12))
     return study, *(begin(study.inputs, rows, replace(c, seed=s)) for s in (0, 1))
@@ -119,7 +86,8 @@ def test_each_baseline_and_each_other_network_is_a_row(judged):
         regime=both | {'majority', 'persistence', 'logistic'},
         volatility=both | {'persistence', 'HAR', 'boosting'},
         relative=both | {'zero', 'momentum', 'boosting'},
-        size=both | {'hold', 'momentum', 'low volatility'},
+        size=both | {'hold', 'momentum', 'low volatility', 'network with stops'},
+        reach={'network'},
     )
     assert len(gain_table(rows)) == sum(len(c.forecasts) - 1 for c in test.comparisons) + len(test.books) - 1
     assert not test.absent
@@ -131,7 +99,7 @@ def test_another_network_changes_no_figure_of_the_others(judged):
         key = ('target', 'horizon', 'model', 'metric', 'over')
         return {tuple(r[k] for k in key): r['value'] for r in test.rows()}
     assert {k: v for k, v in scores(test).items() if 'LSTM' not in k} == scores(alone)
-    assert alone.verdict() == test.verdict()
+    assert alone.gate == test.gate
 
 def test_a_report_without_lightgbm_says_so_once(judged, monkeypatch):
     study, f, _ = judged
@@ -145,3 +113,81 @@ def test_a_report_without_lightgbm_says_so_once(judged, monkeypatch):
 def test_a_taken_name_is_refused(judged, name):
     study, f, g = judged
     with pytest.raises(ValueError, match=f'cannot be called {name}'): evaluate(f, study, {name: g})
+
+# ---- one cost, from the name to the book
+
+def bars_of_coin(symbol, n=100):
+    time = pd.date_range('2024-01-01', periods=n, freq='h', tz='UTC')
+    return pd.DataFrame(dict(time=time, symbol=symbol, open=10., high=10., low=10., close=10., volume=1.))
+
+def rates(symbol, every, rate, n=100):
+    time = pd.date_range('2024-01-01', periods=n, freq='h', tz='UTC')[::every]
+    return pd.DataFrame(dict(time=time, known=time, symbol=symbol, funding_rate=rate))
+
+@pytest.mark.parametrize('every', [1, 4, 8, 24])
+def test_a_day_of_funding_costs_the_same_however_often_it_is_written(every):
+    panel = to_panel(pd.concat([bars_of_coin('BTC/USDT'), bars_of_coin('ETH/USDT')]))
+    paid = funding_at_opens(panel, rates('BTCUSDT', every, 1e-4))
+    btc, eth = paid
+    assert btc[25:73].sum() == pytest.approx(6e-4)                  # two days, three times eight hours each
+    assert np.isnan(eth).all()
+
+def test_funding_of_two_perpetuals_is_their_mean_and_late_stamps_belong_to_their_hour():
+    panel = to_panel(bars_of_coin('BTC/USDT'))
+    late = rates('BTC/USDT:USDT', 8, 3e-4)
+    late['time'] += pd.Timedelta('7ms')
+    late['known'] += pd.Timedelta('7ms')
+    both = pd.concat([rates('BTCUSDC', 8, 1e-4), late])
+    paid = funding_at_opens(panel, both)[0]
+    assert paid[[8, 16, 24]] == pytest.approx([2e-4] * 3)
+    assert paid[[7, 9, 10]] == pytest.approx([0] * 3)
+
+def test_a_hole_in_the_rates_is_charged_for_a_day_at_most():
+    panel = to_panel(bars_of_coin('BTC/USDT'))
+    rows = rates('BTC/USDT', 8, 1e-4)
+    paid = funding_at_opens(panel, rows.iloc[[0, 1, 11, 12]])[0]               # hours 0, 8, 88, 96
+    assert paid[88] == pytest.approx(3e-4)
+
+def test_books_pay_the_round_trip_that_was_named(judged):
+    study, f, _ = judged
+    dear = replace(study, costs=Costs.of(.02))
+    plan = evaluate(f, study).plans['hold']
+    book = trade(dear, plan, 'test')
+    assert book.costs.sum() / book.turnover.sum() == pytest.approx(.01)
+    assert trade(dear, plan, 'test', dear.costs.scaled(2)).costs.sum() > 1.9 * book.costs.sum()
+
+# ---- every network on the test is a trial
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp_path/'ledger.jsonl'))
+    return tmp_path/'ledger.jsonl'
+
+def test_trials_are_counted_once_each(judged, ledger):
+    study, f, g = judged
+    assert judge(f, study).verdict.trials == 1
+    assert judge(f, study, dict(LSTM=g)).verdict.trials == 2
+    again = judge(f, study, dict(LSTM=g))
+    assert (again.verdict.trials, again.terms.trials['count']) == (2, 2)
+    assert again.terms.trials['place'] == str(ledger)
+    other = replace(f, config=replace(f.config, epochs=7))                 # another recipe
+    assert judge(other, study).verdict.trials == 3
+
+def test_a_second_name_for_the_same_data_is_refused_before_the_training(ledger):
+    panel = to_panel(simulate(n_symbols=2, n_bars=4200, seed=5).bars)
+    study = Study.of(panel, (4, 12), digest='these', question='first')
+    f = begin(study.inputs, np.broadcast_to(study.parts['train'], panel.mask.shape), ForecasterConfig(horizons=(4, 12)))
+    assert judge(f, study, most=8).verdict.trials == 1
+    with pytest.raises(ValueError, match="'second' is asked of data that question 'first' had first"):
+        Study.of(panel, (4, 12), digest='these', question='second')
+    assert Study.of(panel, (4, 12), digest='others', question='second').question == 'second'
+
+def test_a_head_that_is_gone_is_seen(judged, ledger, tmp_path):
+    study, f, _ = judged
+    first = judge(f, study)
+    save_forecaster(f, tmp_path/'state', terms=asdict(first.terms))
+    assert heads_of(tmp_path/'state') == [first.terms.trials['head']]
+    assert heads_of(tmp_path/'nowhere') == []
+    for p in ledger.parent.glob('ledger.jsonl*'): p.unlink()
+    lost = judge(f, study, heads=heads_of(tmp_path/'state')).verdict
+    assert lost.faults and lost.word != 'PASS'

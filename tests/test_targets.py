@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 
 from cryptoml import targets
 from cryptoml.backtest import ROUND_TRIP
-from cryptoml.data import Panel, read_panel, to_panel
+from cryptoml.data import Panel, parse_timeframe, read_panel, to_panel
 from cryptoml.simulate import simulate
-from cryptoml.targets import make_targets, path, regime, trailing_sigma
+from cryptoml.targets import make_targets, path, pegged, regime, trailing_sigma
 
 
 def holes(panel: Panel, share, seed) -> Panel:
@@ -71,10 +71,10 @@ def one_label(panel, sigma, n, t, h, round_trip=ROUND_TRIP):
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10 ** 6), st.sampled_from([0, 0.02, 0.3]), st.integers(1, 6))
 def test_labels_equal_brute_force(seed, share, n):
-    p = holes(to_panel(simulate(n, 140, seed=seed).bars), share, seed)
-    y = make_targets(p, (1, 5, 12), span=40)
+    p = holes(to_panel(simulate(n, 260, seed=seed).bars), share, seed)
+    y = make_targets(p, (1, 5, 12))
     rng = np.random.default_rng(seed)
-    some = [rng.integers(0, top, 150) for top in (n, 140, 3)]
+    some = [rng.integers(0, top, 150) for top in (n, 260, 3)]
     for coin, t, k in zip(*some):
         for name, value in one_label(p, y.sigma, coin, t, y.horizons[k]).items():
             got = y[name][coin, t, k]
@@ -82,10 +82,20 @@ def test_labels_equal_brute_force(seed, share, n):
             else: assert got == pytest.approx(value, rel=2e-6, abs=1e-7), (name, t)
 
 
-def test_sigma_equals_its_recursion(panel):
-    p = holes(panel, 0.1, 1)
-    sigma = trailing_sigma(p, 50)
-    lam = 1 - 2 / 51
+SPANS = {'15m': 672, '1h': 168, '4h': 60, '1d': 60}                       # of sigma, bars
+LOOKS_BACK = {'1h': (168, 24, 2160), '4h': (42, 6, 540), '1d': (30, 6, 180)}   # trend, volatility, past
+
+def as_if(panel, timeframe):
+    "The same bars, said to be of another length"
+    return replace(panel, timeframe=parse_timeframe(timeframe))
+
+
+@pytest.mark.parametrize('timeframe', SPANS)
+def test_sigma_equals_its_recursion(panel, timeframe):
+    span = SPANS[timeframe]
+    p = as_if(holes(panel, 0.1, 1), timeframe)
+    sigma = trailing_sigma(p)
+    lam = 1 - 2 / (span + 1)
     for n in range(2):
         num = den = seen = 0
         for t in range(p.mask.shape[1]):
@@ -94,38 +104,42 @@ def test_sigma_equals_its_recursion(panel):
                 num = lam * num + r * r
                 den = lam * den + 1
                 seen += 1
-            want = math.sqrt(num / den) if seen >= 25 and p.mask[n, t] else math.nan
+            want = math.sqrt(num / den) if seen >= span // 2 and p.mask[n, t] else math.nan
             assert sigma[n, t] == pytest.approx(want, rel=1e-9, nan_ok=True)
 
 
-def one_regime(r, t, there):
-    "The rule by loops, with a trend of 60 bars and a past of 300, from the returns of one coin"
-    def last(s, bars):
-        x = r[max(s - bars + 1, 0):s + 1]
+def test_hours_give_the_same_bits_as_a_week_of_them_always_did(panel):
+    squared = pd.DataFrame(targets.bar_returns(panel).T ** 2)
+    same(trailing_sigma(panel), np.sqrt(squared.ewm(span=168, ignore_na=True, min_periods=84).mean().to_numpy().T))
+
+
+def regimes_by_loops(r, there, trend, short, past):
+    "The rule by loops, from the returns of one coin [T]; lengths in bars"
+    def last(x, t, bars):
+        x = x[max(t - bars + 1, 0):t + 1]
         return x[np.isfinite(x)]
 
-    def volatility(s):
-        x = last(s, 24)
-        return math.sqrt((x ** 2).mean()) if len(x) >= 12 else math.nan
+    def root_mean_square(x): return math.sqrt((x ** 2).mean()) if len(x) >= short // 2 else math.nan
+    volatility = np.array([root_mean_square(last(r, t, short)) for t in range(len(r))])
 
-    past = np.array([volatility(s) for s in range(max(t - 300, 0), t)])
-    past = past[np.isfinite(past)]
-    trend = last(t, 60)
-    if not there or len(past) < 120 or len(trend) < 30: return -1
-    if volatility(t) > np.quantile(past, 0.8): return 3
-    tau = trend.sum() / math.sqrt((trend ** 2).sum())
-    return 0 if tau > 0.75 else 1 if tau < -0.75 else 2
+    def one(t):
+        before, move = last(volatility, t - 1, past), last(r, t, trend)
+        if not there[t] or len(before) < 2 * trend or len(move) < trend // 2: return -1
+        if volatility[t] > np.quantile(before, 0.8): return 3
+        tau = move.sum() / math.sqrt((move ** 2).sum())
+        return 0 if tau > 0.75 else 1 if tau < -0.75 else 2
+
+    return [one(t) for t in range(len(r))]
 
 
-def test_regime_equals_its_rule(panel, monkeypatch):
-    monkeypatch.setattr(targets, 'PAST', 300)
-    monkeypatch.setattr(targets, 'TREND', 60)
-    p = holes(panel, 0.05, 2)
-    got = regime(p)
+@pytest.mark.parametrize('timeframe', LOOKS_BACK)
+def test_regime_equals_its_rule(panel, timeframe):
+    p = as_if(holes(panel, 0.05, 2), timeframe)
     r = targets.bar_returns(p)
     for n in range(2):
-        for t in range(0, 900, 7):
-            assert got[n, t] == one_regime(r[n], t, p.mask[n, t]), (n, t)
+        want = regimes_by_loops(r[n], p.mask[n], *LOOKS_BACK[timeframe])
+        same(regime(p)[n], want)
+        assert set(want) == {-1, 0, 1, 2, 3}
 
 
 def test_the_regime_label_is_the_regime_when_the_label_ends():
@@ -254,6 +268,59 @@ def test_bad_horizons_are_refused(panel, horizons):
     with pytest.raises(ValueError, match='horizons'): make_targets(panel, horizons)
 
 
+# ---- pegged coins
+
+def dollar(bars, bounce, seed=0):
+    "Closes around 1"
+    return 1 + bounce * np.random.default_rng(seed).normal(size=bars)
+
+@pytest.fixture(scope='module')
+def with_dollars():
+    "Five coins: USDC bounces, DAI never moves"
+    p = to_panel(simulate(5, 3000, seed=4).bars)
+    p = replace(p, symbols=['BTC/USDT', 'DAI/USDT', 'ETH/USDT', 'SOL/USDT', 'USDC/USDT'])
+    v = p.values.copy()
+    v[1, :, :4] = 1.
+    v[4, :, :4] = dollar(3000, .0002)[:, None]
+    return replace(p, values=v)
+
+ALL = np.ones(3000, bool)
+
+@pytest.mark.parametrize('share', [0, .3])
+@pytest.mark.parametrize('timeframe', ['15m', '1h', '1d'])
+def test_planted_dollars_are_pegged_on_any_bars(with_dollars, timeframe, share):
+    p = as_if(holes(with_dollars, share, 1), timeframe)
+    assert pegged(p, ALL).tolist() == [False, True, False, False, True]
+
+def test_pegged_is_told_by_the_training_bars_alone(with_dollars):
+    v = with_dollars.values.copy()
+    v[4, 2000:, :4] *= np.linspace(1, 5, 1000)[:, None]                   # it leaves its peg for good
+    v[0, 2000:, :4] = 1.                                                  # and another coin freezes
+    later_on = replace(with_dollars, values=v)
+    early = np.arange(3000) < 2000
+    same(pegged(later_on, early), pegged(with_dollars, early))
+    assert pegged(later_on, ~early).tolist() == [True, True, False, False, False]
+
+def test_a_peg_that_breaks_for_some_days_is_a_peg(with_dollars):
+    v = with_dollars.values.copy()
+    v[4, 1000:1100, :4] *= .9
+    assert pegged(replace(with_dollars, values=v), ALL)[4]
+
+@pytest.mark.parametrize('round_trip, found', [
+    (1e-5, ['DAI/USDT']),
+    (ROUND_TRIP, ['DAI/USDT', 'USDC/USDT']),
+    (.5, ['BTC/USDT', 'DAI/USDT', 'ETH/USDT', 'SOL/USDT', 'USDC/USDT']),
+])
+def test_pegged_is_a_matter_of_the_cost(with_dollars, round_trip, found):
+    assert [s for s, peg in zip(with_dollars.symbols, pegged(with_dollars, ALL, round_trip)) if peg] == found
+
+def test_a_coin_without_training_bars_is_not_called_pegged(with_dollars):
+    p = holes(with_dollars, 0, 0)
+    p.values[2], p.mask[2] = np.nan, False
+    assert pegged(p, ALL).tolist() == [False, True, False, False, True]
+    assert not pegged(p, ALL & False).any()
+
+
 def test_types_shapes_and_ends(panel):
     y = make_targets(panel)
     assert {name: str(v.dtype) for name, v in y.fields.items()} == dict(
@@ -278,7 +345,9 @@ def test_the_path_ends_at_the_scaled_labels(panel):
     same(path(panel, y.sigma, y.horizons), y['scaled'])
 
 
-@pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
+real_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
+
+@real_data
 def test_real_bars_have_labels_where_their_bars_are():
     p, _ = read_panel(Path(os.environ['CRYPTOML_DATA']) / 'spot_1h.parquet', start='2023-01-01', end='2023-07-01')
     y = make_targets(p, (4, 24))
@@ -287,3 +356,10 @@ def test_real_bars_have_labels_where_their_bars_are():
         same(np.isfinite(y['ret'][:, :-1 - h, k]), there)
     side = y['relative_direction']
     assert abs((side == 1).sum() - (side == 0).sum()) < 100              # ties at the median only
+
+
+@real_data
+@pytest.mark.parametrize('name', ['spot_1h', 'spot_1d'])
+def test_no_real_coin_of_these_is_pegged(name):
+    p, _ = read_panel(Path(os.environ['CRYPTOML_DATA']) / f'{name}.parquet', start='2022-06-01', end='2024-06-01')
+    assert not pegged(p, np.ones(len(p.time), bool)).any()

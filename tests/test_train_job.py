@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 
 from cryptoml.integration import UltimateTradingAI
+from cryptoml.ledger import read_ledger
 from cryptoml.simulate import simulate
 from cryptoml.state import load, lock, read_lines
 
@@ -96,7 +97,9 @@ def test_killed_in_mid_epoch_ends_with_the_same_weights(runs):
     a, b = (load(out/'model')[0]['network'] for out in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert epochs_of(runs[1]) == epochs_of(runs[1]/'lstm') == [1, 2, 3]
-    assert metrics_of(runs[0]) == metrics_of(runs[1])
+    a, b = (metrics_of(out) for out in runs)
+    assert a['verdict'].pop('head') != b['verdict'].pop('head')          # a line of the ledger each, and one trial
+    assert a == b
 
 
 def test_what_a_run_reports(runs):
@@ -112,14 +115,43 @@ def test_what_a_run_reports(runs):
     assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= left
 
 
+FACADE = """
+import sys, torch
+from cryptoml.integration import UltimateTradingAI
+torch.set_num_threads(1)
+bars, state, seed = sys.argv[1:]
+ai = UltimateTradingAI(dict(size='small', horizons=[4, 12], seed=int(seed), state_dir=state), device='cpu')
+print(ai.train_sync(bars, epochs=1)['verdict']['trials'])
+"""
+
+def test_every_training_is_a_trial(bars, tmp_path, monkeypatch):
+    "Through the facade and through the job, beside one another, in processes of their own: what was run is counted"
+    monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp_path/'ledger.jsonl'))
+    def facade(seed):
+        line = [sys.executable, '-c', FACADE, str(bars), str(tmp_path/f'state{seed}'), str(seed)]
+        return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    beside = [facade(seed) for seed in (0, 1, 2)]
+    assert sorted(int(p.communicate(timeout=HANGS)[0].split()[-1]) for p in beside)[-1] == 3
+    p = dict(data=bars, epochs=1, horizons='4,12', threads=1)
+    assert run(tmp_path/'again', **p, seed=0, compare='').returncode == 0          # the facade has done this one
+    assert run(tmp_path/'beside', **p, seed=3, compare='lstm').returncode == 0     # and two more
+    assert [metrics_of(tmp_path/k)['verdict']['trials'] for k in ('again', 'beside')] == [3, 5]
+    ledger = read_ledger(tmp_path/'ledger.jsonl')
+    assert not ledger.faults and len(ledger.trials) == 6
+    told = subprocess.run([sys.executable, '-m', 'cryptoml.jobs', 'trials'], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0 and str(tmp_path/'ledger.jsonl') in told.stdout
+
+
 def test_what_a_run_leaves_is_what_a_bot_loads(runs):
-    ai = UltimateTradingAI(device='cpu')
+    ai = UltimateTradingAI(dict(act_on='FAIL'), device='cpu')
     ai.load_state(runs[1]/'model')
     market = simulate(n_symbols=3, n_bars=2800, seed=4).bars
     now = market.time.max() + pd.Timedelta('1h')
     p = ai.predict_sync(market, 'BTC/USDT', now)
     assert not p['faults'] and p['horizons'] == [4, 12]
-    assert ai.get_trading_signal('BTC/USDT', 0., now)['action'] in ('BUY', 'SELL')
+    signal = ai.get_trading_signal('BTC/USDT', 0., now)
+    assert signal is None or signal['action'] in ('BUY', 'SELL')
+    assert set(ai.next_weights({}, 1., now)) == set(ai.live().terms.symbols)
 
 
 @pytest.mark.parametrize('change, sentence', [
@@ -130,6 +162,7 @@ def test_what_a_run_leaves_is_what_a_bot_loads(runs):
     (dict(compare='rnn'), 'rnn'),
     (dict(compare='network'), 'leave it out'),
     (dict(device='cuda:99'), 'cuda:99'),
+    (dict(round_trip=-1), 'round_trip'),
 ], ids=str)
 def test_what_cannot_be_run_is_one_sentence(bars, tmp_path, change, sentence):
     r = run(tmp_path/'x', **dict(data=bars, epochs=1) | change)

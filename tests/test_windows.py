@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from cryptoml.data import DataError
-from cryptoml.windows import Scaler, Windows, batches, dates, grid, missing, relate
+from cryptoml.windows import Scaler, Windows, batches, dates, describe, grid, missing, months, relate
 
 
 def make(N, T, F, L, K, step, seed=0):
@@ -103,12 +103,48 @@ def test_no_copy_of_the_panel():
     assert w.batch(torch.tensor([100, 200]))['past'].numel() == 2 * 4 * 64 * 20
 
 
-def panel(n, seed, holes=0.):
+MEMORY = {'15min': (2880, 400), 'h': (720, 100), '4h': (180, 30), 'D': (120, 30)}   # bars, and returns among them
+
+def panel(n, seed, holes=0., freq='h', bars=24 * 75):
     rng = np.random.default_rng(seed)
-    time = pd.date_range('2024-01-15', periods=24 * 75, freq='h', tz='UTC')
+    time = pd.date_range('2024-01-15', periods=bars, freq=freq, tz='UTC')
     close = np.exp(np.cumsum(rng.normal(0, .01, len(time)) + rng.normal(0, .01, (n, len(time))), 1))
     close[rng.random(close.shape) < holes] = np.nan
     return time, close
+
+
+@pytest.mark.parametrize('bars', [1, 6000])
+@pytest.mark.parametrize('freq', MEMORY)
+def test_months_by_a_loop(freq, bars):
+    time, _ = panel(1, 0, freq=freq, bars=bars)
+    month, before = months(time)
+    number = [(t.year - 2024) * 12 + t.month - 1 for t in time]
+    assert month.tolist() == number
+    for m, part in enumerate(before):
+        assert part.stop == number.index(m)
+        assert part.start == max(part.stop - MEMORY[freq][0], 0)
+
+
+@pytest.mark.parametrize('freq', MEMORY)
+def test_descriptors_by_a_loop(freq):
+    memory, enough = MEMORY[freq]
+    time, close = panel(3, 5, .1, freq, 10_000 if freq == '15min' else 1800)
+    volume = np.random.default_rng(6).lognormal(5, 1, close.shape)
+    got, month = describe(time, close, volume)
+    hours = (time[1] - time[0]) / pd.Timedelta('1h')
+    ret = pd.DataFrame(np.diff(np.log(close), axis=1, prepend=np.nan).T)
+    market = ret.mean(axis=1).fillna(0)
+    for m, n in np.ndindex(got.shape[1], 3):
+        first = int((month == m).argmax())
+        r = ret[n][max(first - memory, 0):first].dropna()
+        if len(r) < enough:
+            assert not got[n, m].any()
+            continue
+        beta = r.cov(market[r.index]) / market[r.index].var(ddof=0)
+        turnover = np.median((close[n] * volume[n])[r.index])
+        want = [np.log(r.std(ddof=0) / hours ** .5) + 5, (np.log(turnover / hours) - 13) / 3, (beta - 1) / .5]
+        assert np.allclose(got[n, m], np.clip(want, -5, 5), atol=1e-4)
+    assert got[:, -1].all()
 
 
 @pytest.mark.parametrize('holes', [0., .1])
@@ -178,6 +214,21 @@ def test_scale_never_sees_later_rows(seed):
     assert np.isfinite(z).all()
     assert np.abs(z).max() <= a.clip
     assert (z[np.isnan(x)] == 0).all()
+
+
+@pytest.mark.parametrize('season', [24, 168, 7])
+def test_a_scale_from_some_rows_does_not_know_the_hour(season):
+    "Even where one row in as many is drawn as the season has, it is seen as a whole"
+    t = np.arange(season * 400)
+    x = np.stack([np.sin(2 * np.pi * t / season), t % season < season / 6, t / len(t)], -1)[None].repeat(3, 0)
+    rows = np.ones(x.shape[:2], bool)
+    rows[0, :1000] = False
+    few = rows.sum() // season
+    part, again, whole = (Scaler.fit(x, rows, limit) for limit in (few, few, 10**9))
+    assert np.array_equal(part.center, again.center) and np.array_equal(part.scale, again.scale)
+    assert np.allclose(part.center, whole.center, atol=.15)
+    assert np.allclose(part.scale, whole.scale, rtol=.2)
+    assert np.allclose(Scaler.fit(x, rows, rows.sum()).center, whole.center)
 
 
 def test_missing_share_and_bad_input():

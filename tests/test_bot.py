@@ -1,0 +1,223 @@
+"""The whole way: a bot that follows `next_weights` with an account of its own makes the book that was judged
+
+The account below is written for this test alone: units, cash and orders at the next open, in plain Python.
+"""
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest, torch
+
+from cryptoml.data import PRICES, DataError, read_panel, to_panel
+from cryptoml.forecaster import ForecasterConfig, begin, needed_history, save_forecaster
+from cryptoml.integration import UltimateTradingAI
+from cryptoml.newest import Prediction, Snapshot
+from cryptoml.simulate import simulate
+from cryptoml.study import Study, judge
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+@dataclass
+class Paper:
+    "An account on paper"
+    side: float              # Cost of a trade, fraction of its value
+    borrow: float            # Of a short, a bar
+    cash: float = 1.
+
+    def __post_init__(self): self.units, self.last, self.orders = {}, {}, {}
+
+    def open(self, prices, funding):
+        "A bar opens: funding and interest are paid, then the orders of the last close are filled"
+        self.last |= prices
+        for coin, price in self.last.items():                          # a coin without a bar is held on, and paid for
+            value = self.units.get(coin, 0.) * price
+            rate = funding.get(coin)
+            self.cash -= max(-value, 0.) * self.borrow if rate is None else value * rate
+        equity = self.equity(self.last)
+        for coin, weight in self.orders.items():
+            if coin not in prices: continue
+            change = weight * equity / prices[coin] - self.units.get(coin, 0.)
+            self.units[coin] = self.units.get(coin, 0.) + change
+            self.cash -= change * prices[coin] + abs(change) * prices[coin] * self.side
+        self.orders = {}
+        return self.equity(self.last)
+
+    def equity(self, prices): return self.cash + sum(u * prices[c] for c, u in self.units.items())
+
+    def weights(self, prices):
+        equity = self.equity(prices)
+        return {c: u * prices[c] / equity for c, u in self.units.items()}
+
+@dataclass
+class Desk:
+    study: Study
+    ai: UltimateTradingAI
+    plans: dict
+    bars: pd.DataFrame
+    funding: pd.DataFrame | None
+
+def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), seed=0):
+    "A network that was never trained says something all the same, and its book is judged like any other"
+    monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp/'ledger.jsonl'))
+    study = Study.of(to_panel(bars), horizons, funding=funding)
+    rows = np.broadcast_to(study.parts['train'], study.panel.mask.shape)
+    f = begin(study.inputs, rows, ForecasterConfig(horizons, seed=seed))
+    judged = judge(f, study, most=8)
+    ai = UltimateTradingAI(dict(act_on='FAIL', horizons=list(horizons)), device='cpu')
+    ai.snapshot = Snapshot(f, judged.terms)
+    return Desk(study, ai, judged.test.plans, bars, funding), judged
+
+def as_said(desk, t):
+    "What `predict` would have said at the close of bar t, had it said exactly what was judged"
+    panel, score = desk.study.panel, desk.plans['network'].score
+    close = (panel.time[t] + panel.timeframe).isoformat()
+    said = {}
+    for n, symbol in enumerate(panel.symbols):
+        if not panel.mask[n, t]: continue
+        nothing = dict.fromkeys(Prediction.__annotations__) | dict(symbol=symbol, data_time=close, horizons=[24],
+                                                                   in_sample=False, notes=[])
+        if np.isnan(score[n, t]):
+            said[symbol] = nothing | dict(faults=['silent'])
+            continue
+        said[symbol] = nothing | dict(
+            faults=[], price=float(panel['close'][n, t]), direction=[dict(DOWN=.3, SIDEWAYS=.1, UP=.6)],
+            quantiles=[[-.1, 0., .1]], volatility=[.01], regime=dict(BULL=1.), size=[float(score[n, t])],
+            sigma=float(desk.study.targets.sigma[n, t]), confidence=.6)
+    return said
+
+def follow(desk, first, last, predicted=None):
+    "Equity at each open of a bot that asks for the step at every close"
+    study, panel = desk.study, desk.study.panel
+    opens, closes = panel['open'], panel['close']
+    bar = panel.timeframe / pd.Timedelta('365D')
+    paper = Paper(study.costs.side, study.costs.borrow * bar)
+    funded = ~np.isnan(study.funding).all(1)
+    equity, marks = [], {}
+    for t in range(first, last):
+        now = panel.time[t] + panel.timeframe
+        there = np.flatnonzero(panel.mask[:, t])
+        due = {panel.symbols[n]: float(np.nan_to_num(study.funding[n, t])) for n in range(len(funded)) if funded[n]}
+        equity.append(paper.open({panel.symbols[n]: opens[n, t] for n in there}, due))
+        marks |= {panel.symbols[n]: closes[n, t] for n in there}
+        if predicted is None: desk.ai._said |= {k: (p, desk.ai.snapshot) for k, p in as_said(desk, t).items()}
+        elif not predicted(now): continue
+        step = desk.ai.next_weights(paper.weights(marks), paper.equity(marks), now)
+        paper.orders |= {k: w for k, w in step.items() if w is not None}
+    return np.array(equity)
+
+def holed(bars):
+    "Some hours and half a week of one coin are missing"
+    rng = np.random.default_rng(0)
+    gone = rng.random(len(bars)) < .003
+    hour = bars.time.rank(method='dense')
+    return bars[~gone & ~((bars.symbol == bars.symbol.iloc[-1]) & hour.between(3900, 3980))]
+
+def rates(bars):
+    time = bars.time.drop_duplicates()
+    time = time[time.dt.hour % 8 == 0]
+    rate = np.random.default_rng(1).normal(1e-4, 2e-4, len(time))
+    return pd.DataFrame(dict(time=time, known=time, symbol='BTC/USDT', funding_rate=rate))
+
+@pytest.mark.parametrize('funded', [False, True])
+@pytest.mark.parametrize('gaps', [False, True])
+def test_equal_forecasts_make_the_judged_book(tmp_path, monkeypatch, gaps, funded):
+    bars = simulate(n_symbols=3, n_bars=4200, seed=5).bars
+    if gaps: bars = holed(bars)
+    desk, judged = desk_of(bars, tmp_path, monkeypatch, rates(bars) if funded else None)
+    test = desk.study.bars('test')
+    book = judged.test.books['network']
+    assert book.turnover.sum() > .5 and book.costs.sum() > 0
+    assert np.abs(book.funding).sum() > 0                             # funding, or interest for shorts
+    made = follow(desk, test.start, test.stop)
+    np.testing.assert_allclose(made, book.equity, rtol=0, atol=1e-9)
+
+def through_predict(desk, first, hours):
+    "The same through `predict`, on the bars that a bot would have"
+    need = (needed_history(desk.ai.snapshot.forecaster, desk.study.panel.timeframe) + 210) * desk.study.panel.timeframe
+    every, begin = desk.study.policy.every, desk.study.panel.time[first]
+    def predicted(now):
+        "Every hour of the first day; later only where a decision is due, to save time"
+        if now.hour % every and now > begin + pd.Timedelta('1D'): return False
+        seen = desk.bars[(desk.bars.time < now) & (desk.bars.time >= now - need)]
+        known = None if desk.funding is None else desk.funding[desk.funding.known <= now]
+        desk.ai.predict_sync(seen, now=now, funding=known)
+        return True
+    return follow(desk, first, first + hours, predicted)
+
+def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch):
+    desk, judged = desk_of(simulate(n_symbols=3, n_bars=4800, seed=7).bars, tmp_path, monkeypatch)
+    first = desk.study.bars('test').start
+    made = through_predict(desk, first, 24 * 8)
+    np.testing.assert_allclose(made, judged.test.books['network'].equity[:len(made)], rtol=0, atol=1e-4)
+
+COINS = ['BTCUSDT', 'ETHUSDT', 'BNBUSDT', 'XRPUSDT', 'ADAUSDT']
+
+@pytest.mark.parametrize('funded', [False, True])
+def test_on_five_real_coins(tmp_path, monkeypatch, funded):
+    if 'CRYPTOML_DATA' not in os.environ: pytest.skip('CRYPTOML_DATA is not set: real data absent')
+    panel, _ = read_panel(Path(os.environ['CRYPTOML_DATA'])/'spot_1h.parquet', COINS, '2023-07-01', '2024-06-30')
+    bars = panel.frame()
+    desk, judged = desk_of(bars, tmp_path, monkeypatch, rates(bars) if funded else None)
+    test, book = desk.study.bars('test'), judged.test.books['network']
+    made = follow(desk, test.start, test.stop)
+    np.testing.assert_allclose(made, book.equity, rtol=0, atol=1e-9)
+    desk.ai._decided = None
+    made = through_predict(desk, test.start, 24 * 4)
+    np.testing.assert_allclose(made, book.equity[:len(made)], rtol=0, atol=1e-4)
+
+def test_a_faster_bot_makes_another_book(tmp_path, monkeypatch):
+    "The check can fail: jumping to the target at every hour is not what was judged"
+    desk, judged = desk_of(simulate(n_symbols=3, n_bars=4200, seed=5).bars, tmp_path, monkeypatch)
+    fast = replace(desk.ai.snapshot.terms, policy=desk.ai.snapshot.terms.policy | dict(rate=1.))
+    desk.ai.snapshot = replace(desk.ai.snapshot, terms=fast)
+    test = desk.study.bars('test')
+    made = follow(desk, test.start, test.stop)
+    assert np.abs(made - judged.test.books['network'].equity).max() > 1e-4
+
+# ---- who is a coin of the model
+
+def test_a_stable_coin_and_a_late_one_are_left_out_and_said(tmp_path, monkeypatch):
+    bars = simulate(n_symbols=2, n_bars=4200, seed=5).bars
+    one = bars[bars.symbol == bars.symbol.iloc[0]]
+    stable = one.assign(symbol='USDC/USDT')
+    for column in PRICES: stable[column] = 1 + (one[column] / one[column].iloc[0] - 1) / 1000
+    late = one[one.time > one.time.iloc[3000]].assign(symbol='NEW/USDT')
+    desk, judged = desk_of(pd.concat([bars, stable, late]), tmp_path, monkeypatch)
+    assert desk.study.panel.symbols == judged.terms.symbols == sorted(bars.symbol.unique())
+    now = bars.time.max() + pd.Timedelta('1h')
+    with pytest.raises(DataError, match='USDC/USDT is not a coin of this model.*moves less'):
+        desk.ai.predict_sync(desk.bars, 'USDC/USDT', now)
+    with pytest.raises(DataError, match='NEW/USDT is not a coin of this model.*bars of train'):
+        desk.ai.predict_sync(desk.bars, 'NEW/USDT', now)
+    assert set(desk.ai.predict_sync(desk.bars, now=now)) == set(judged.terms.symbols)
+
+def test_daily_bars_of_two_years_are_refused_before_they_are_trained():
+    bars = simulate(n_symbols=2, n_bars=730, seed=5, timeframe='1d').bars
+    with pytest.raises(DataError, match='history too short.*a forecast needs'): Study.of(to_panel(bars))
+
+# ---- a word is worth its ledger
+
+def test_a_pass_without_its_ledger_is_none(tmp_path, monkeypatch):
+    desk, judged = desk_of(simulate(n_symbols=2, n_bars=4200, seed=5).bars, tmp_path, monkeypatch)
+    passed = replace(judged.terms, verdict='PASS')
+    save_forecaster(desk.ai.snapshot.forecaster, tmp_path/'state', terms=asdict(passed))
+    def word():
+        ai = UltimateTradingAI(dict(state_dir=str(tmp_path/'state')), device='cpu')
+        ai.load_state()
+        return ai.live().terms.verdict
+    assert word() == 'PASS'
+    lines = (tmp_path/'ledger.jsonl').read_text()
+    edited = lines.replace('"returns": [', '"returns": [0.0, ', 1)
+    (tmp_path/'ledger.jsonl').write_text(edited)
+    with pytest.warns(UserWarning, match='trials cannot be seen here'): assert word() == 'INCONCLUSIVE'
+    for p in tmp_path.glob('ledger.jsonl*'): p.unlink()                # taken away
+    with pytest.warns(UserWarning, match='does not hold the line'): assert word() == 'INCONCLUSIVE'
+    (tmp_path/'ledger.jsonl').write_text(lines)                        # brought back, without the .head beside it
+    with pytest.warns(UserWarning): assert word() == 'INCONCLUSIVE'
