@@ -128,7 +128,7 @@ def differences(
 def with_its_ledger(terms: Terms) -> Terms:
     "Terms as this machine can vouch for them: PASS needs the ledger that the model was judged with"
     if terms.verdict != 'PASS': return terms
-    faults = read_ledger(heads=[terms.trials['head']]).faults
+    faults = read_ledger(heads=[terms.trials['head'] or 'none']).faults       # no head is none that is there
     if not faults: return terms
     warnings.warn(f'the model was judged PASS, but its trials cannot be seen here ({"; ".join(faults)}): it counts as '
                   'INCONCLUSIVE; bring its ledger along, and name it in CRYPTOML_LEDGER', stacklevel=3)

@@ -12,7 +12,7 @@ import pytest, torch
 
 from cryptoml.data import PRICES, DataError, read_panel, to_panel
 from cryptoml.forecaster import ForecasterConfig, begin, needed_history, save_forecaster
-from cryptoml.integration import UltimateTradingAI
+from cryptoml.integration import UltimateTradingAI, with_its_ledger
 from cryptoml.newest import Prediction, Snapshot
 from cryptoml.simulate import simulate
 from cryptoml.study import Study, judge
@@ -213,6 +213,9 @@ def test_a_pass_without_its_ledger_is_none(tmp_path, monkeypatch):
         ai.load_state()
         return ai.live().terms.verdict
     assert word() == 'PASS'
+    headless = replace(passed, trials=passed.trials | dict(head=''))
+    assert with_its_ledger(passed) == passed
+    with pytest.warns(UserWarning): assert with_its_ledger(headless).verdict == 'INCONCLUSIVE'
     lines = (tmp_path/'ledger.jsonl').read_text()
     edited = lines.replace('"returns": [', '"returns": [0.0, ', 1)
     (tmp_path/'ledger.jsonl').write_text(edited)
