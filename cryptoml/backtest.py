@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from .metrics import by_day, day_blocks, max_drawdown, sharpe
+from .settings import check_settings
 from .state import append_chained, ledger_file
 
 # %% ../nbs/06_backtest.ipynb #d8b1298e
@@ -29,16 +30,12 @@ class Costs:
     borrow: float | np.ndarray = BORROW    # Paid a year by a short whose funding is not known, fraction of its value
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            v = np.asarray(value)
-            if not (np.isfinite(v) & (v >= 0) & (v < 1)).all():
-                raise ValueError(f'{name} must be a fraction in [0, 1), got {value}: 5 bp is 5e-4, 10 % is .1')
+        check_settings(**vars(self))
 
     @classmethod
     def of(cls, round_trip: float, borrow: float = BORROW) -> 'Costs':
         "The default's proportions, so that entering and leaving costs `round_trip`"
-        if not 0 <= round_trip < 1:
-            raise ValueError(f'round_trip must be a fraction in [0, 1), got {round_trip}: 14 bp is .0014')
+        check_settings(round_trip=round_trip)
         return cls(borrow=borrow).scaled(round_trip / ROUND_TRIP)
 
     @property

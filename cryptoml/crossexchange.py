@@ -20,7 +20,7 @@ import pandas as pd
 from .data import (DataError, find_columns, normalise_symbol, parse_timeframe, read_bars, refuse_early,
                            source_rows, to_utc)
 from .engine import Step, as_given, step
-from .technical import mean_std, slide, whole
+from .technical import ROUNDING, mean_std, slide, whole
 
 # %% ../nbs/14_crossexchange.ipynb #bc6f6712
 DOLLARS = ('USDT', 'USD', 'USDC', 'BUSD', 'FDUSD', 'TUSD', 'DAI')   # quotes that count as one another
@@ -312,7 +312,8 @@ def z_score(
     f = np.ascontiguousarray(f)
     sd = f.std(1)
     flat = np.where(np.isnan(sd), np.nan, 0.)
-    return np.where(sd > 1e-12, (f[:, 0] - f.mean(1)) / np.where(sd > 1e-12, sd, 1), flat)
+    moves = sd > ROUNDING
+    return np.where(moves, (f[:, 0] - f.mean(1)) / np.where(moves, sd, 1), flat)
 
 def funding_values(
     times: np.ndarray,  # Settlements, newest first [R, 90]
@@ -418,9 +419,9 @@ def score(
     n,       # Bars seen, this one included
     fresh,   # Sum anew?
 ):           # Standard deviations from the mean
-    "Moving z-score of a log ratio; 0 where it does not move (less than 1e-12)"
+    "Moving z-score of a log ratio; 0 where it does not move beyond rounding"
     mean, sd = mean_std(s, a, x, p, n, fresh)
-    return (x[len(x) - 1] - mean) / sd if sd > 1e-12 else 0.
+    return (x[len(x) - 1] - mean) / sd if sd > ROUNDING else 0.
 
 @step(
     'venue_gap_z_{p}',
@@ -495,7 +496,7 @@ def slope_and_correlation(
     variance = s[a + 2] / q - mean * mean
     variance_u = s[a + 3] / q - mean_u * mean_u
     covariance = s[a + 4] / q - mean * mean_u
-    if variance <= 1e-12 * s[a + 2] / q or variance_u <= 1e-12 * s[a + 3] / q:
+    if variance <= ROUNDING * s[a + 2] / q or variance_u <= ROUNDING * s[a + 3] / q:
         return 0., 0.
     correlation = covariance / math.sqrt(variance * variance_u)
     return covariance / variance_u, min(max(correlation, -1.), 1.)

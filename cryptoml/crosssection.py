@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from .compile import load, with_names
 from .engine import step
-from .technical import slide, slide_size
+from .technical import ROUNDING, beyond_rounding, slide, slide_size
 
 # %% ../nbs/16_crosssection.ipynb #39f9a5cd
 def insertion_sort(
@@ -40,7 +40,8 @@ def mid_ranks(
     i = 0
     while i < m:
         j = i
-        while j + 1 < m and key[order[j + 1]] == key[order[i]]: j += 1
+        least = key[order[i]]
+        while j + 1 < m and key[order[j + 1]] - least <= ROUNDING * abs(least): j += 1
         for k in range(i, j + 1): y[order[k]] = (i + j - (m - 1)) / (m - 1)
         i = j + 1
 
@@ -64,9 +65,10 @@ def robust_scores(
         if down <= up: low -= 1
         else: high += 1
     if m % 2 == 0: mad = 0.5 * (before + mad)
+    scattered = mad > ROUNDING * abs(median)
     for k in range(m):
         n = order[k]
-        y[n] = min(max((key[n] - median) / (1.4826 * mad), -5.), 5.) if mad > 0 else 0.
+        y[n] = min(max((key[n] - median) / (1.4826 * mad), -5.), 5.) if scattered else 0.
 
 # %% ../nbs/16_crosssection.ipynb #f79c3b4e
 MINIMUM = 5     # Coins with a value below which a bar gives none
@@ -168,13 +170,13 @@ def cross_section(
 @step('cross_return_{p}', windows=(336, 720), state=2, first=lambda p: p, past=lambda p: p, feature=False,
       unit='log return', formula=r'\ln(C/C_{t-p})', source='Jegadeesh and Titman 1993')
 def cross_returns(log_return, W, s, n, y, r):
-    for j in range(len(W)): y[j] = slide(s, 2 * j, log_return, W[j], n, r[j])
+    for j in range(len(W)): y[j] = beyond_rounding(slide(s, 2 * j, log_return, W[j], n, r[j]), 1.)
 
 # %% ../nbs/16_crosssection.ipynb #acef31b8
 @step('cross_close_location_{p}', windows=(24,), state=2, first=lambda p: p, past=lambda p: p, feature=False,
       unit='-1 to 1', formula=r'\tfrac1p\sum((C-L)-(H-C))/(H-L)', source='Chaikin')
 def cross_location(clv, W, s, n, y, r):
-    for j in range(len(W)): y[j] = slide(s, 2 * j, clv, W[j], n, r[j]) / W[j]
+    for j in range(len(W)): y[j] = beyond_rounding(slide(s, 2 * j, clv, W[j], n, r[j]) / W[j], 1.)
 
 # %% ../nbs/16_crosssection.ipynb #dc56f10b
 @step('cross_size_{p} cross_illiquidity_{p}', windows=(168,), state=4, first=lambda p: p, past=lambda p: p,

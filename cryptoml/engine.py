@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BARS', 'NEEDED', 'HEAD', 'RUN', 'NUMBER', 'REFRESH', 'STACK', 'IN_PLACE', 'TO_STACK', 'FROM_STACK', 'WALK', 'Step',
            'by_window', 'spread', 'arguments', 'output_names', 'step', 'give', 'as_given', 'check_names', 'ordered',
-           'chained', 'places', 'given_and_missing', 'fill', 'driver', 'text_and_scope', 'copy_text', 'call',
-           'sound_bar', 'plan_of', 'tables_of', 'disorder', 'keep_past', 'walk', 'walk_text', 'compiled', 'Layout',
+           'chained', 'places', 'given_and_missing', 'fill', 'driver', 'text_and_scope', 'copy_text', 'call', 'taken',
+           'plan_of', 'tables_of', 'disorder', 'keep_past', 'walk', 'glance', 'walk_text', 'compiled', 'Layout',
            'layout', 'table', 'run_plain', 'memory', 'to_bytes', 'from_bytes', 'returned', 'touched', 'Program',
            'as_array', 'Engine']
 
@@ -18,6 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from .compile import PRELUDE_KEY, load, log, text_of, with_names
+from .data import EXTRA, LEVEL, judge, usable
 
 # %% ../nbs/10_engine.ipynb #f0f9b9f6
 BARS = (                                                  # columns of a bar; time: seconds since 1970
@@ -340,33 +341,43 @@ def call(ctx, addr, M, A, k, t0, t1, Y, y):
     return types.void(types.int64, M, A, types.int64, types.int64, types.int64, Y, types.int64), gen
 
 # %% ../nbs/10_engine.ipynb #e63e8989
-def sound_bar(bar):
-    "Whether a bar [open, high, low, close, volume, ...] can be used"
+def taken(
+    L,       # Level of the coin (changed)
+    bar,     # [open, high, low, close, volume, ...]
+    number,  # Bar number
+    at,      # Places in the bar of quote_volume, trades, taker_buy_volume and time; -1: it has none
+):           # 0: it counts as missing; 1: it is accepted; 2: it is the first in another unit
+    "Whether the next bar is accepted"
     o, h, l, c, v = bar[0], bar[1], bar[2], bar[3], bar[4]
-    return 0 < o < np.inf and 0 < l <= h < np.inf and 0 < c < np.inf and 0 <= v < np.inf
+    quote = bar[at[0]] if at[0] >= 0 else np.nan
+    count = bar[at[1]] if at[1] >= 0 else np.nan
+    taker = bar[at[2]] if at[2] >= 0 else np.nan
+    if not usable(o, h, l, c, v, quote, count, taker): return 0
+    return judge(L, o, h, l, c, v, float(number), bar[at[3]] / 3600 if at[3] >= 0 else float(number))
 
 # %% ../nbs/10_engine.ipynb #5b754cb4
 def plan_of(
     block: int,       # Bars in a block
     max_gap: int,     # More missing bars in a row than this: everything starts again
+    at: list,         # Places in a bar, as `taken` takes them
     A: np.ndarray,    # The table of the steps
     pairs: list,      # Three lists of pairs: (column, its history), (column, input), (column, row of the result)
 ) -> np.ndarray:
     "One array of all that a walk has to know"
     tables = [np.array(rows, np.int64).reshape(-1, 2) for rows in pairs]
-    head = [block, max_gap, *A.shape, *map(len, tables)]
+    head = [block, max_gap, *at, *A.shape, *map(len, tables)]
     return np.concatenate([head, A.ravel(), *map(np.ravel, tables)]).astype(np.int64)
 
 def tables_of(plan):
     "The four tables of a plan"
-    p = 7
-    A = plan[p:p + plan[2] * plan[3]].reshape((plan[2], plan[3]))
+    p = 11
+    A = plan[p:p + plan[6] * plan[7]].reshape((plan[6], plan[7]))
     p += A.size
-    history = plan[p:p + plan[4] * 2].reshape((plan[4], 2))
+    history = plan[p:p + plan[8] * 2].reshape((plan[8], 2))
     p += history.size
-    xin = plan[p:p + plan[5] * 2].reshape((plan[5], 2))
+    xin = plan[p:p + plan[9] * 2].reshape((plan[9], 2))
     p += xin.size
-    out = plan[p:p + plan[6] * 2].reshape((plan[6], 2))
+    out = plan[p:p + plan[10] * 2].reshape((plan[10], 2))
     return A, history, xin, out
 
 # %% ../nbs/10_engine.ipynb #df499b17
@@ -388,27 +399,32 @@ def walk(M, plan, X, number, Y, y0):
     t, last = int(M[0]), int(M[1])                            # bars in the block; number of the last bar, -1: none
     B, max_gap = plan[0], plan[1]
     A, history, xin, out = tables_of(plan)
+    L = M[len(M) - LEVEL:]
     bad = disorder(number, last)
     if bad >= 0: return bad
-    b = 0
+    b, verdict = 0, -1                                        # -1: this bar has not been judged
     while b < len(X):
         t0 = t
-        while b < len(X) and t < B and sound_bar(X[b]):
-            if last >= 0 and number[b] - last > max_gap + 1:
-                if t > t0: break                              # first the bars before the gap
+        while b < len(X) and t < B:
+            if verdict < 0: verdict = taken(L, X[b], number[b], plan[2:6])
+            if verdict == 0: break
+            if last >= 0 and (verdict == 2 or number[b] - last > max_gap + 1):
+                if t > t0: break                              # first the bars before it
                 for k in range(len(A)): M[A[k, 2]] = 0
             for j in range(len(xin)): M[xin[j, 0] + t] = X[b, xin[j, 1]]
             M[3 + t] = last = number[b]
             t += 1
             b += 1
+            verdict = -1
         if t > t0:
             y = y0 + b - t
             for k in range(len(A)): call(A[k, 0], M, A, k, t0, t, Y, y)
             for j in range(len(out)):
                 for q in range(t0, t): Y[out[j, 1], y + q] = M[out[j, 0] + q]
-        elif t < B:                                           # a bar that cannot be used
+        elif t < B:                                           # a bar that is not accepted
             for j in range(len(Y)): Y[j, y0 + b] = np.nan
             b += 1
+            verdict = -1
         if t == B:                                            # go back to the front
             t = 0
             keep_past(M, history, B)
@@ -417,6 +433,10 @@ def walk(M, plan, X, number, Y, y0):
     return -1
 
 # %% ../nbs/10_engine.ipynb #73deb02a
+def glance(M, plan, X, number):
+    "Whether the first of the bars would be accepted; nothing is changed"
+    return taken(M[len(M) - LEVEL:].copy(), X[0], number[0], plan[2:6])
+
 WALK = '''import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
@@ -424,20 +444,24 @@ from llvmlite import ir
 {call}
 call = intrinsic(call)
 {parts}
+LEVEL = {level}
+{glance}
+glance = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1])', cache=True)(glance)
 {walk}
 walk = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1], f8[:, ::1], i8)', nogil=True, cache=True)(walk)
 '''
 
 def walk_text() -> str:
     "Text of the module of `walk` and what it calls"
-    parts = [f'{text_of(f)}\n{f.__name__} = njit({f.__name__})' for f in (sound_bar, tables_of, disorder, keep_past)]
-    return WALK.format(call=text_of(call), parts='\n'.join(parts), walk=text_of(walk))
+    parts = [f'{with_names(f)}\n{f.__name__} = njit({f.__name__})' for f in (taken, tables_of, disorder, keep_past)]
+    texts = dict(call=text_of(call), glance=text_of(glance), walk=text_of(walk))
+    return WALK.format(parts='\n'.join(parts), level=LEVEL, **texts)
 
 # %% ../nbs/10_engine.ipynb #e177836e
 def compiled(
     steps: list,  # Steps in order
     texts: dict,  # Step name -> name of its module, text, scope
-) -> tuple:       # The compiled walk; step name -> address of its driver, where it could be compiled
+) -> tuple:       # Module of the walk; step name -> address of its driver, where it could be compiled
     "Compile all that can be compiled"
     modules = {name: (text, scope) for name, text, scope in texts.values()}
     found = load({'walk': (walk_text(), {}), **modules})
@@ -452,7 +476,7 @@ def compiled(
             plain.append(f)
             log.warning(f'the step {f.name} runs as plain Python ({reason})')
         else: address[f.name] = made.run.address
-    return found['walk'].walk, address
+    return found['walk'], address
 
 # %% ../nbs/10_engine.ipynb #4baf7bbc
 @dataclass
@@ -486,6 +510,7 @@ def layout(
         made.state[f.name] = made.size
         made.size += places(f)['size']
         if f.name not in address: made.size += len(f.inputs) * f.past        # a plain step keeps what it has seen
+    made.size += LEVEL
     return made
 
 # %% ../nbs/10_engine.ipynb #6a7f4e51
@@ -513,6 +538,7 @@ def run_plain(
     number: np.ndarray,  # Numbers of these bars
     last: int,           # Number of the bar before them, -1: none
     max_gap: int,        # More missing bars than this: start again
+    fresh=(),            # Bars that begin in another unit: start again
 ) -> np.ndarray:         # Its outputs [outputs, bars]
     "Walk a plain step over bars"
     p, first, n = places(f), np.array(f.doc['first']), int(m[0])
@@ -524,7 +550,7 @@ def run_plain(
     given = dict(W=np.array([v for w in f.windows for v in w]), s=s, c=np.array(f.const), r=r)
     for t, i in enumerate(number.tolist()):
         now = x[:, f.past + t]
-        if last >= 0 and i - last > max_gap + 1: n = 0
+        if t in fresh or last >= 0 and i - last > max_gap + 1: n = 0
         if np.isfinite(now).all():
             if n == 0: s[:] = 0.
             n += 1
@@ -603,7 +629,8 @@ class Program:
         self.inputs = list(inputs)
         self.max_gap = max_gap
         texts = {f.name: text_and_scope(f) for f in self.steps}
-        self.walk, address = compiled(self.steps, texts)
+        module, address = compiled(self.steps, texts)
+        self.walk, self.glance = module.walk, module.glance
         self.plain = [f for f in self.steps if f.name not in address]
         self.given = self.columns + touched(self.plain, inputs, self.columns)      # rows of a result
         read = {c for f in self.steps for c in f.inputs}
@@ -613,7 +640,8 @@ class Program:
         with_past = [(lay.at[c], past) for c, past in lay.past.items() if past]
         brought = [(lay.at[c], j) for j, c in enumerate(inputs) if c in read]
         copied = [(lay.at[c], j) for j, c in enumerate(self.given) if c not in direct]
-        self.plan = plan_of(block, max_gap, table(self.steps, address, lay), [with_past, brought, copied])
+        self.at = [self.inputs.index(c) if c in inputs else -1 for c in (*EXTRA, 'time')]
+        self.plan = plan_of(block, max_gap, self.at, table(self.steps, address, lay), [with_past, brought, copied])
         said = [(f.windows, f.const, f.doc['first'], texts[f.name][1]) for f in self.steps]
         known_by = repr((self.columns, lay.at, self.size, block, max_gap, said))
         self.digest = hashlib.sha256(known_by.encode()).digest()
@@ -653,23 +681,26 @@ class Engine(Program):
             raise ValueError(f'bars {X.shape}, numbers {number.shape}, memory {M.shape}: expected '
                              f'({len(number)}, {len(self.inputs)}), ({len(number)},) and ({self.size},)')
         last = int(M[1])
+        level = M[-LEVEL:].copy() if self.plain else None
         own = Y is None or bool(self.plain)
         Z = np.empty((len(self.given), len(X))) if own else Y
         bad = self.walk(M, self.plan, X, number, Z, 0 if own else y0)
         if bad >= 0:
             raise ValueError(f'bar number {number[bad]} at row {bad} comes after {number[bad - 1] if bad else last}: '
                              'bars must be in order of time, each once')
-        if self.plain: self.run_plain_steps(M, X, number, Z, last)
+        if self.plain: self.run_plain_steps(M, X, number, Z, last, level)
         if Y is None: return Z if len(Z) == len(self.columns) else Z[:len(self.columns)]
         if own: Y[:, y0:y0 + len(X)] = Z[:len(self.columns)]
         return Y
 
-    def run_plain_steps(self, M, X, number, Z, last):
+    def run_plain_steps(self, M, X, number, Z, last, level):
         "The plain steps, on the columns of the compiled ones"
         column = {c: Z[self.given.index(c)] for c in self.given} | dict(zip(self.inputs, X.T))
-        ok = np.array([sound_bar(x) for x in X.tolist()], bool)
+        verdict = np.array([taken(level, x, i, self.at) for x, i in zip(X.tolist(), number.tolist())], int)
+        ok = verdict > 0
+        fresh = np.flatnonzero(verdict[ok] == 2)
         for f in self.plain:
             x = np.array([column[c][ok] for c in f.inputs]).reshape(len(f.inputs), -1)
             m = M[self.state[f.name]:][:places(f)['size'] + len(f.inputs) * f.past]
-            made = run_plain(f, m, x, number[ok], last, self.max_gap)
+            made = run_plain(f, m, x, number[ok], last, self.max_gap, fresh)
             for c, v in zip(f.out, made): column[c][ok] = v

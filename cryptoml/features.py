@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'OWN', 'SOURCES', 'BROUGHT', 'INPUTS', 'STATED', 'KNOWN', 'NEEDS', 'CATALOGUE', 'SAID', 'ENTRY', 'AT_BARS',
-           'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'PART', 'wanted', 'with_needed', 'reached', 'needs', 'described',
-           'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step', 'epoch_us', 'values_of',
-           'BarRow', 'Memory', 'FeatureStream', 'one_time', 'sound_close', 'common', 'Compared', 'compared_by',
-           'PanelStream', 'run_symbols', 'sound_bars', 'Coin', 'Aligned', 'History', 'Selection', 'by_coin',
+           'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'wanted', 'with_needed', 'reached', 'needs',
+           'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step', 'epoch_us',
+           'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
+           'compared_by', 'PanelStream', 'run_symbols', 'Coin', 'Aligned', 'History', 'Selection', 'by_coin',
            'AdvancedFeatureEngineer']
 
 # %% ../nbs/17_features.ipynb #c3e0e995
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 import numpy as np, pandas as pd
-from .data import CANDLE, DataError, Panel, normalise_symbol, parse_timeframe, read_bars, to_utc
+from .data import (CANDLE, DataError, Panel, accepted, bar_columns, normalise_symbol, parse_timeframe,
+                           read_bars, to_utc)
 from .crossexchange import (CROSS_COLUMNS, CROSSEXCHANGE, FUNDING_COLUMNS, MARKET_COLUMNS,
                                     cross_at_bars, funding_at_bars, market_at_bars, market_now)
 from .crosssection import CROSS_BASE, CROSSSECTION, Cross, cross_section
-from .engine import BARS, Engine, Step, chained, ordered, sound_bar
+from .engine import BARS, Engine, Step, chained, ordered
 from .microstructure import (MICROSTRUCTURE, ORDERBOOK_COLUMNS, TRADES_COLUMNS,
                                      orderbook_at_bars, orderbook_frame, trades_at_bars, trades_frame)
 from .onchain import LOOKBACK, ONCHAIN, ONCHAIN_COLUMNS, onchain_at_bars, onchain_frame
@@ -211,6 +212,21 @@ def epoch_us(
 NEEDED = ('time', *CANDLE)                           # without them a mapping is no bar
 TAKE = itemgetter(*NEEDED)
 
+def as_mapping(
+    bar,          # Mapping, or a row as ccxt gives it: time, open, high, low, close, volume
+    symbol: str,  # Whose bar it should be, for the message
+):                # With our names
+    "A live bar with our names, whatever it came as"
+    if hasattr(bar, 'get') and 'time' in bar: return bar
+    if isinstance(bar, (list, tuple, np.ndarray)) and len(bar) == len(NEEDED): return dict(zip(NEEDED, bar))
+    if not hasattr(bar, 'get'):
+        raise DataError(f'{symbol}: a {type(bar).__name__} is no bar: pass a mapping with {", ".join(NEEDED)}, '
+                        'or these six in a list')
+    found = bar_columns(bar.keys())
+    if lost := [c for c in NEEDED if c not in found]: raise DataError(f'{symbol}: the bar has no {", ".join(lost)}')
+    return {c: bar[name] for c, name in found.items()}
+
+# %% ../nbs/17_features.ipynb #35123437
 def values_of(
     bar,          # Mapping
     symbol: str,  # Whose bar it should be: 'BTC/USDT'
@@ -229,6 +245,7 @@ def values_of(
 
 # %% ../nbs/17_features.ipynb #c441969b
 PACK = struct.Struct(f'{len(BARS)}d')
+CLOSE = BARS.index('close')
 
 class BarRow:
     "The newest bar of one symbol as the engine reads it"
@@ -244,17 +261,22 @@ class BarRow:
         self.number = np.empty(1, np.int64)
         self.blank = True                            # nothing but NaN beyond the bar's own columns
 
-    def read(self, bar, sources: dict, more: dict):
-        "Put in a bar, what the sources say and `more`; gives the bar's time as it came"
+    def read(self, bar, sources: dict):
+        "Put in a bar and what the sources say; gives the bar's time as it came"
         when, values = values_of(bar, self.symbol)
         us, X = epoch_us(when), self.X
         try: PACK.pack_into(X, 0, *values, us / 1e6)
         except struct.error: X[0, :len(BARS)] = [*values, us / 1e6]                    # numbers written as text
         if not self.blank: X[0, len(BARS):] = np.nan
-        if sources: more = more | self.said(sources, us)
-        for c, v in more.items(): X[0, self.place[c]] = v
-        self.number[0], self.blank = us // self.length, not more
+        self.number[0], self.blank = us // self.length, True
+        if sources: self.add(self.said(sources, us))
         return when
+
+    def add(self, more: dict):
+        "Put in further columns, those that a step reads"
+        for c, v in more.items():
+            if c in self.place: self.X[0, self.place[c]] = v
+        if more: self.blank = False
 
     def said(self, sources: dict, us: int) -> dict:
         "What the sources said by the close of a bar"
@@ -304,30 +326,37 @@ class FeatureStream(Memory):
 
     def update(
         self,
-        bar,         # The bar that has just closed: mapping with time (its open) and the columns of BARS that there are
+        bar,         # The bar that has just closed: mapping with time (its open) and BARS, or ccxt's list of six
         **sources,   # Each None or a frame that reaches back as the catalogue's `history` says; see SOURCES
     ) -> np.ndarray: # float64 [len(columns)], NaN where there is no value
         "Features of the newest bar; DataError for a bar that is not newer than the last or not of this symbol"
         if sources: sources = check_sources(sources, self._engineer.used)
-        return self.step(bar, sources, {})[self._hidden:]
+        self._when = self._row.read(as_mapping(bar, self.symbol), sources)
+        return self.walk()[self._hidden:]
 
-    def step(
+    def look(
         self,
         bar,             # Mapping, as in `update`
         sources: dict,   # Checked frames
-        more: dict,      # Columns that the bar has not: what the other coins say
-    ) -> np.ndarray:
-        "Columns of the engine for the newest bar, and NaN for the crosses"
+    ) -> float:          # Its close, NaN where the bar will not be accepted
+        "Read a bar; `add` then tells what the other coins did, and `walk` goes over it"
         row, e = self._row, self._engine
-        when = row.read(bar, sources, more)
+        self._when = row.read(bar, sources)
+        return row.X[0, CLOSE] if e.glance(self._M, e.plan, row.X, row.number) else np.nan
+
+    def add(self, more: dict): self._row.add(more)
+
+    def walk(self) -> np.ndarray:
+        "Columns of the engine for the bar that was read, and NaN for the crosses"
+        row, e = self._row, self._engine
         Y = self._nothing.copy()
         if e.plain:                                             # steps that numba refused
             try: Y[:len(e.columns)] = e.run(row.X, row.number, self._M)
-            except ValueError as error: raise self._late(when) from error
-        elif e.walk(self._M, e.plan, row.X, row.number, Y, 0) >= 0: raise self._late(when)
+            except ValueError as error: raise self._late() from error
+        elif e.walk(self._M, e.plan, row.X, row.number, Y, 0) >= 0: raise self._late()
         return Y[:, 0]
 
-    def _late(self, when): return DataError(f'{self.symbol}: the bar of {when} is not newer than the last one')
+    def _late(self): return DataError(f'{self.symbol}: the bar of {self._when} is not newer than the last one')
 
 # %% ../nbs/17_features.ipynb #6a61d240
 def one_time(
@@ -335,17 +364,12 @@ def one_time(
     symbols: list,  # Those that have a stream
 ) -> dict:          # The same, symbols spelled out
     "Bars of one update; DataError for a symbol without a stream, or for two times"
-    bars = {normalise_symbol(s): bar for s, bar in bars.items()}
+    bars = {normalise_symbol(s): as_mapping(bar, s) for s, bar in bars.items()}
     if lost := sorted(set(bars) - set(symbols)):
         raise DataError(f'no stream for {", ".join(lost)}: there are {", ".join(symbols)}')
     times = {epoch_us(bar['time']) for bar in bars.values()}
     if len(times) > 1: raise DataError(f'bars of {len(times)} different times in one update')
     return bars
-
-def sound_close(bar) -> float:
-    "Close of a live bar that can be used, else NaN"
-    values = [np.nan if bar.get(c) is None else float(bar[c]) for c in CANDLE]
-    return values[CANDLE.index('close')] if sound_bar(values) else np.nan
 
 # %% ../nbs/17_features.ipynb #0603c458
 def common(
@@ -416,13 +440,14 @@ class PanelStream:
         e = self._engineer
         bars = one_time(bars, self.symbols)
         if sources: sources = check_sources(sources, e.used)
-        close = np.array([sound_close(bars[s]) if s in bars else np.nan for s in self.symbols], float)
-        market = market_now(close, self._before, self.symbols)
+        there = [(n, self.streams[name]) for n, name in enumerate(self.symbols) if name in bars]
+        close = np.full(len(self.symbols), np.nan)
+        for n, stream in there: close[n] = stream.look(bars[stream.symbol], sources)
+        market = market_now(close, self._before, self.symbols) if e.needs_coins else None
         Y = np.full((len(self.symbols), len(e.engine_columns)), np.nan)
-        for n, name in enumerate(self.symbols):
-            if name not in bars: continue
-            more = dict(zip(MARKET_COLUMNS, market[n])) if e.needs_coins else {}
-            Y[n] = self.streams[name].step(bars[name], sources, more)[:Y.shape[1]]
+        for n, stream in there:
+            if e.needs_coins: stream.add(dict(zip(MARKET_COLUMNS, market[n])))
+            Y[n] = stream.walk()[:Y.shape[1]]
         if np.isfinite(close).any(): self._before = close
         return e.compared.beside(Y, np.isfinite(close), e.hidden)
 
@@ -451,15 +476,6 @@ def run_symbols(
     if len(jobs) == 1: return one(jobs[0])
     with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(one, jobs))
 
-def sound_bars(
-    columns: dict,   # Columns of the bars of one symbol [bars] each
-) -> np.ndarray:     # bool [bars]
-    "`sound_bar` for arrays"
-    o, h, l, c, v = (np.asarray(columns[k], float) for k in CANDLE)
-    with np.errstate(invalid='ignore'):
-        prices = (o > 0) & (o < np.inf) & (l > 0) & (h >= l) & (h < np.inf) & (c > 0) & (c < np.inf)
-        return prices & (v >= 0) & (v < np.inf)
-
 # %% ../nbs/17_features.ipynb #57997931
 @dataclass
 class Coin:
@@ -479,7 +495,7 @@ class Aligned:
         grid = np.unique(np.concatenate(self.numbers))
         self.T = len(grid)
         self.place = [np.searchsorted(grid, number) for number in self.numbers]
-        self.sound = [sound_bars(coin.columns) for coin in coins]
+        self.sound = [accepted(coin.columns, coin.us, length) for coin in coins]
         self.starts = np.cumsum([0] + [len(coin.us) for coin in coins])      # of each coin in a table of all rows
 
     def market(self) -> np.ndarray:

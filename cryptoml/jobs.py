@@ -8,7 +8,8 @@ __all__ = ['LEAVING', 'JobError', 'JobFailed', 'Parameter', 'parameters', 'conve
            'show_trials', 'add_trials', 'trials', 'main']
 
 # %% ../nbs/60_jobs.ipynb #5d1b8e3a
-import argparse, ast, difflib, hashlib, io, json, math, os, platform, re, sys, tokenize
+import argparse, ast, builtins, contextlib, copy, difflib, hashlib, io, json, math, os, platform, re, sys
+import tokenize, traceback
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -55,6 +56,11 @@ class Parameter:
 def _cells(notebook) -> list[dict]:
     return json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
 
+def _tagged(notebook, tag: str) -> str:
+    "Source of the first cell with a tag; empty where there is none"
+    found = [''.join(c['source']) for c in _cells(notebook) if tag in c['metadata'].get('tags', [])]
+    return found[0] if found else ''
+
 def _comments(source: str) -> dict[int, str]:
     "Comment of each line that has one"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -78,8 +84,7 @@ def parameters(
     notebook,                  # Path of a job notebook
 ) -> dict[str, Parameter]:     # By name, in the order of the cell
     "Parameters of a job: the cell tagged `parameters`, read and not executed"
-    tagged = [''.join(c['source']) for c in _cells(notebook) if 'parameters' in c['metadata'].get('tags', [])]
-    source = tagged[0] if tagged else ''
+    source = _tagged(notebook, 'parameters')
     comments = _comments(source)
     found = {}
     for s in ast.parse(source).body:
@@ -110,23 +115,43 @@ def convert(
         for a in args:
             if value == a or value == str(a): return a
     elif list in (kind, origin):
-        if isinstance(value, str): value = [v.strip() for v in value.split(',') if v.strip()]
+        if isinstance(value, str): value = _items(value)
         if isinstance(value, (list, tuple)): return [convert(v, args[0] if args else str) for v in value]
     elif _fits(value, kind): return _MAKE[kind](value)
     raise ValueError(f'{value!r} is not {kind}')
 
+def _items(text: str) -> list[str]:
+    "What stands between the commas"
+    if not text.strip(): return []
+    items = [v.strip() for v in text.split(',')]
+    if '' in items: raise ValueError('nothing stands between two commas')
+    return items
+
+# %% ../nbs/60_jobs.ipynb #c4ec6001
 _MAKE = {NoneType: lambda v: None, bool: lambda v: _BOOL[str(v).lower()], str: os.fspath, int: int, float: float}
+
+_WRITTEN = {int: r'[+-]?\d+', float: r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?'}   # ASCII digits
 
 def _fits(value, kind) -> bool:
     "Whether a value, or its text, may become a plain type: True is no number, and infinity no setting"
     text = isinstance(value, str)
     if kind is NoneType: return value is None or text and value.lower() in ('', 'none')
     if kind is bool: return isinstance(value, bool) or text and value.lower() in _BOOL
-    if kind is str: return isinstance(value, (str, os.PathLike))
-    if isinstance(value, bool): return False
-    if kind is int: return text or isinstance(value, Integral)
-    if kind is float: return (text or isinstance(value, Real)) and math.isfinite(float(value))
-    return False
+    if kind is str: return isinstance(value, os.PathLike) or text and _is_text(value)
+    if isinstance(value, bool) or kind not in _WRITTEN: return False
+    if text: number = re.fullmatch(_WRITTEN[kind], value.strip(), re.ASCII)
+    else: number = isinstance(value, Integral if kind is int else Real)
+    return bool(number) and (kind is int or _is_finite(value))
+
+def _is_text(value: str) -> bool:
+    "Whether it can be written down: bytes of another encoding that came with a command cannot"
+    try: value.encode()
+    except UnicodeEncodeError: return False
+    return '\0' not in value
+
+def _is_finite(number) -> bool:
+    try: return math.isfinite(float(number))
+    except OverflowError: return False
 
 # %% ../nbs/60_jobs.ipynb #f9563b93
 def _absolute(value, default):
@@ -134,15 +159,26 @@ def _absolute(value, default):
     if not isinstance(value, str) or value == default: return value
     looks_like_a_path = os.sep in value or Path(value).suffix
     if not looks_like_a_path: return value
-    path = Path(value).expanduser()
-    return str(path.resolve()) if path.exists() else value
+    path = Path(os.path.expanduser(value))
+    return str(path.resolve()) if os.path.exists(path) else value
+
+def _ask(notebook, values: dict):
+    "Run the cell tagged `checks`; JobError with what it refuses, JobFailed if it breaks"
+    place = f'{Path(notebook).name}, cell tagged checks'
+    names = copy.deepcopy(values) | dict(__name__='checks')
+    try:
+        with contextlib.redirect_stdout(io.StringIO()): exec(compile(_tagged(notebook, 'checks'), place, 'exec'), names)
+    except Exception as e:
+        ours = type(e).__module__.startswith(f'{cryptoml.__name__}.')
+        if ours or isinstance(e, (ValueError, OverflowError, OSError)): raise JobError(str(e)) from None
+        raise JobFailed(''.join(traceback.format_exception(e)[-4:]).rstrip()) from None
 
 # %% ../nbs/60_jobs.ipynb #ef3d064a
 def check(
     notebook,        # Path of a job notebook
     given: dict,     # Parameters by name, values of their type or text
 ) -> dict:           # All parameters, defaults included, without `out`
-    "Parameters of a run; JobError in one sentence if a name or a type is wrong"
+    "Parameters of a run; JobError in one sentence if a name, a type or a value is wrong"
     known = parameters(notebook)
     if 'out' not in known: raise JobError(f'{Path(notebook).name} has no parameter out: a job must know its folder')
     if 'out' in given: raise JobError('out is not given as a parameter but as the folder of the run: --out FOLDER')
@@ -153,6 +189,7 @@ def check(
         p = known[name]
         try: values[name] = _absolute(convert(value, p.kind), p.default)
         except ValueError: raise JobError(f'{name} must be {p.text}, got {value!r}') from None
+    _ask(notebook, values)
     return values
 
 def _unknown(job: str, name: str, known: dict) -> str:
@@ -246,29 +283,51 @@ def execute(
     threads: int = 1,   # CPU threads of the kernel
     keep_open: tuple = (),   # File descriptors the kernel shares, such as that of a lock
 ):
-    "Run the notebook in a kernel of this environment; the executed copy stays in `out`"
+    "Run the notebook in a kernel of this interpreter; the executed copy stays in `out`"
     import logging
-    from jupyter_client import AsyncKernelManager
     from papermill import execute_notebook
     logging.getLogger('papermill').setLevel(logging.ERROR)
-
-    shared = dict(pass_fds=keep_open) if os.name == 'posix' else {}
-    class Kernel(AsyncKernelManager):
-        async def start_kernel(self, **kw):
-            env = dict(os.environ, OMP_NUM_THREADS=str(threads))
-            await super().start_kernel(**kw, env=env, **shared)
-
     execute_notebook(
-        notebook, out/notebook.name, dict(values, out=str(out)),
-        kernel_name='python3', kernel_manager_class=Kernel, extra_arguments=['--Application.log_level=ERROR'],
+        _literal(notebook), _literal(out/notebook.name), dict(values, out=str(out)),
+        kernel_name='python3', kernel_manager_class=_kernel(threads, keep_open),
+        extra_arguments=['--Application.log_level=ERROR'],
         progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
 
+def _literal(path: Path) -> str:
+    "A path as papermill must be given it: it fills in what stands in braces, and a doubled brace is a brace"
+    return str(path).replace('{', '{{').replace('}', '}}')
+
+def _kernel(threads: int, keep_open: tuple) -> type:
+    "Manager of a kernel that runs in this interpreter, whatever `python3` means in the user's Jupyter folders"
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    shared = dict(pass_fds=keep_open) if os.name == 'posix' else {}
+    command = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    class Kernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=command, display_name='cryptoml', language='python')
+        async def start_kernel(self, **kw):
+            env = dict(os.environ, OMP_NUM_THREADS=str(threads))
+            env.pop('PYTHONOPTIMIZE', None)   # libraries compute with docstrings, and -OO takes them away
+            await super().start_kernel(**kw, env=env, **shared)
+    return Kernel
+
 # %% ../nbs/60_jobs.ipynb #dad88c57
+_READERS = {   # Errors with which a library refuses what it was given to read
+    'UnicodeDecodeError', 'JSONDecodeError', 'ParserError', 'EmptyDataError', 'ArrowInvalid',
+    'DateParseError', 'OutOfBoundsDatetime', 'OutOfBoundsTimedelta',
+}
+
+def _outside(name: str) -> bool:
+    "Whether the system or a reader of files raises such errors"
+    kind = getattr(builtins, name, None)
+    return name in _READERS or isinstance(kind, type) and issubclass(kind, OSError)
+
 def _users(
     name: str,        # Name of the exception's class
     traceback: str,   # Its traceback, plain
 ) -> bool:            # Whether the message is meant for the user
     ours = re.compile(rf'^class {re.escape(name)}\(', re.M)
+    if _outside(name): return True
     if name != 'ValueError': return any(ours.search(p.read_text(encoding='utf-8')) for p in _sources())
     frames = re.findall(r'^(?:File (.+?):\d+|Cell In)', traceback, re.M)   # '' for a cell
     arrows = re.findall(r'^-+> \d+ (.*)', traceback, re.M)                 # the line each frame stopped at
@@ -305,15 +364,23 @@ def plan(
 ) -> tuple[Path, dict, Path]:   # Notebook, identity of the run, absolute folder
     "What a command asks for; JobError if it cannot be had. Nothing is written"
     notebook = find(job)
-    mine = identity(notebook, check(notebook, given))
-    name = _digest(json.dumps(mine, sort_keys=True).encode(), code_digest(notebook).encode())
-    out = Path(out or Path('runs')/notebook.stem/name).expanduser().absolute()
+    values = check(notebook, given)
+    try:
+        mine = identity(notebook, values)
+        name = _digest(json.dumps(mine, sort_keys=True).encode(), code_digest(notebook).encode())
+        return notebook, mine, _folder(out or Path('runs')/notebook.stem/name)
+    except OSError as e: raise JobError(f'{e.filename or out}: {e.strerror}') from None
+
+def _folder(out) -> Path:
+    "Absolute folder of a run, new or one that a run can have; JobError if it is neither"
+    if not _is_text(str(out)): raise JobError(f'--out {str(out)!r} cannot be the name of a folder')
+    out = Path(os.path.expanduser(out)).absolute()
     if out.exists() and not out.is_dir(): raise JobError(f'{out} is a file: --out needs a folder')
     held = sorted({p.name for p in out.iterdir()} - {'LOCK'}) if out.exists() else []
     if held and 'params.json' not in held:
         raise JobError(f'{out} holds {held[0]} and no params.json: it is not the folder of a run; '
                        'choose another with --out')
-    return notebook, mine, out
+    return out
 
 # %% ../nbs/60_jobs.ipynb #b4cb3f95
 LEAVING = 5   # Seconds that the kernel of a killed command may need to notice it and to leave the folder
@@ -349,6 +416,7 @@ def _run(notebook, out, record, keep_open):
             raise JobFailed(f'{e.ename} in cell {e.cell_index} of {out/notebook.name}\n{end}') from None
         if not (out/'history.jsonl').exists(): write_json(out/'params.json', record | dict(refused=e.evalue))
         raise JobError(e.evalue) from None
+    except OSError as e: raise JobError(f'{e.filename or out}: {e.strerror or e}; the same command continues') from None
     except DeadKernelError:
         raise JobFailed(f'the process of {notebook.name} was killed, perhaps for want of memory; '
                         'the same command continues the run') from None

@@ -20,6 +20,7 @@ import pandas as pd
 from .data import DataError, normalise_symbol, to_utc
 from .data import find_columns, published, refuse_early, source_rows, when_known
 from .engine import as_given
+from .technical import ROUNDING
 
 # %% ../nbs/12_onchain.ipynb #72025b0f
 VENDOR = (                  # columns of vendors that are read
@@ -190,11 +191,12 @@ def centred(w, p):
     return d.sum(1) / count, (d * d).sum(1) / count
 
 def zscore(w, p):
-    "Standard deviations of the newest day above the mean of p days; 0 where nothing moved"
+    "Standard deviations of the newest day above the mean of p days; 0 where nothing moved beyond rounding"
     m, m2 = centred(w, p)
     sd = np.sqrt(np.maximum(m2 - m * m, 0))
     flat = np.where(np.isnan(m), np.nan, 0.)
-    return np.where(sd > 0, -m / np.where(sd > 0, sd, 1), flat)
+    moves = sd > ROUNDING                                        # of logarithms and shares
+    return np.where(moves, -m / np.where(moves, sd, 1), flat)
 
 def growth(w, a, p):
     "Mean of a days less mean of p days"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from .backtest import Account, Book
 from .data import bars_of, parse_timeframe
+from .settings import is_whole
 
 # %% ../nbs/07_policy.ipynb #c19f6844
 def volatility_target(
@@ -125,13 +126,13 @@ def in_range(p: 'Rules') -> dict[str, bool]:   # Field to whether its number mak
         max_weight=p.max_weight > 0,
         max_gross=p.max_gross > 0,
         rate=0 < p.rate <= 1,
-        every=p.every >= 1,
+        every=is_whole(p.every, 1),
         band=p.band >= 0,
         neutral=p.neutral in ('none', 'dollar', 'beta'),
         long_only=not (p.long_only and p.neutral != 'none'),
         correlation=0 <= p.correlation < 1,
         max_drawdown=p.max_drawdown is None or 0 < p.max_drawdown < 1,
-        patience=p.patience >= 0,
+        patience=is_whole(p.patience),
         memory=p.memory is None or p.memory > 0,
     )
 

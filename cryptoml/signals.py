@@ -16,7 +16,8 @@ from .data import parse_timeframe, to_utc
 from .gate import EVEN, TOUCHED, Reach
 from .newest import Prediction
 from .policy import Policy
-from .study import Terms, is_number
+from .settings import is_number
+from .study import Terms
 
 # %% ../nbs/50_signals.ipynb #d3cac566
 class Signal(TypedDict):

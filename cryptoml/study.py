@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SETTLED', 'LONGEST', 'MEMORY', 'GUARDED', 'TAKEN', 'SHOWN', 'LACKING', 'payments', 'funding_at_opens', 'due',
            'left_out', 'check_question', 'without', 'Study', 'decisions', 'seen', 'Plan', 'trade', 'at_risk',
-           'plans_of', 'placed', 'usual_move', 'positions', 'paths', 'Gate', 'measure_gate', 'guarded', 'reach_rows',
-           'Test', 'check_names', 'evaluate', 'Terms', 'is_number', 'possible', 'lacking', 'measure_terms', 'recipe_of',
-           'record', 'heads_of', 'Judged', 'judge']
+           'plans_of', 'placed', 'usual_move', 'positions', 'paths', 'Gate', 'measure_gate', 'guarded', 'fit_all',
+           'reach_rows', 'Test', 'check_names', 'evaluate', 'Terms', 'possible', 'lacking', 'measure_terms',
+           'recipe_of', 'record', 'heads_of', 'Judged', 'judge']
 
 # %% ../nbs/42_study.ipynb #da9b4024
 import hashlib, json
@@ -17,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
-from .baselines import (BASELINES, Seen, book_scores, fit_baselines, har_inputs, median_coin, past_class,
-                                past_volatility, trend)
+from .baselines import (BASELINES, Fitted, Seen, book_scores, fit_baselines, har_inputs, median_coin,
+                                past_class, past_volatility, trend)
+from .boosting import NoTrees, boosting, why_no_trees
+from .compile import log
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, normalise_symbol, parse_timeframe
 from .forecaster import MIN_TRAIN, Forecaster, Inputs, forecast, importance, make_inputs, split
@@ -26,7 +28,8 @@ from .gate import Positions, Reach, confidence, excursions, measure_reach, pays,
 from .ledger import Tried, read_ledger, refuse_second_name
 from .metrics import day_blocks, interval_mean
 from .policy import Policy, risk_scale
-from .state import StateError, generations, read_json
+from .settings import is_number
+from .state import StateError, contents
 from .targets import Targets, make_targets, pegged, regime
 from .verdict import TARGETS, Comparison, Verdict, book_rows, comparisons, joint_level, row, verdict
 from .windows import Samples, calendar, grid
@@ -126,9 +129,11 @@ class Study:
         digest: str = '',                          # Of the data
         borrow: float = BORROW,                    # Yearly rate that a short pays where no funding is known
         question: str = '',                        # What the trial belongs to in the ledger
+        refused: dict[str, str] | None = None,     # Symbols that the data could not give, to the reason
         **sources,                                 # As in `make_inputs`
     ) -> 'Study':
         "Labels, purged parts and inputs of a panel; DataError where the history is too short"
+        for sentence in why_no_trees(): log.warning(f'{sentence}; without this baseline nothing can PASS')
         targets = make_targets(panel, horizons, round_trip)
         parts = split(panel, targets)
         check_question(question, digest, panel.time[parts['test']])
@@ -143,7 +148,7 @@ class Study:
             policy=Policy.at(panel.timeframe, memory=MEMORY),
             costs=Costs.of(round_trip, borrow),
             funding=funding_at_opens(panel, sources.get('funding')),
-            left_out=why,
+            left_out=why | (refused or {}),
             digest=digest,
             question=question,
         )
@@ -293,6 +298,16 @@ def guarded(
     certain = placed(study, (sample, np.where(sure >= gate.threshold, fc['size'][:, -1], np.nan)))
     return {'network when sure': replace(plan, score=certain)} | plans
 
+# %% ../nbs/42_study.ipynb #8f790f65
+def fit_all(
+    train: Seen,                           # Training samples with their labels
+    valid: Seen,                           # Likewise of validation
+) -> tuple[dict[str, Fitted], list[str]]:  # Forecasts by name, and a sentence on each baseline that is absent
+    "Every baseline of a report"
+    fitted = fit_baselines(train, valid)
+    try: return fitted | dict(boosting=boosting(train, valid)), []
+    except NoTrees as e: return fitted, [str(e)]
+
 # %% ../nbs/42_study.ipynb #af744a35
 def reach_rows(
     horizon: int,                      # Bars
@@ -335,11 +350,12 @@ class Test:
     def verdict(self, tried: Tried) -> Verdict:
         "The word about the declared book: the network's size at the longest horizon against cash and hold"
         held = {'volatility-targeted hold': self.books['hold']}
-        return verdict(self.declared, self.books['network'], held, tried)
+        faults = [*tried.faults, *self.absent]
+        return verdict(self.declared, self.books['network'], held, tried._replace(faults=faults))
 
 # %% ../nbs/42_study.ipynb #008f490d
 GUARDED = ('network when sure', 'network with stops')
-TAKEN = {'network', *GUARDED, 'hold', 'low volatility', *BASELINES}
+TAKEN = {'network', *GUARDED, 'hold', 'low volatility', 'boosting', *BASELINES}
 
 def check_names(others: dict):
     "ValueError where another forecaster has a name of the report"
@@ -357,7 +373,7 @@ def evaluate(
     study = replace(study, inputs=f.pick(study.inputs))
     part = {k: decisions(study, f, k) for k in study.parts}
     gate_part, test = part['gate'], part['test']
-    fitted, absent = fit_baselines(seen(study, f, part['train']), seen(study, f, part['valid']))
+    fitted, absent = fit_all(seen(study, f, part['train']), seen(study, f, part['valid']))
     networks = dict(network=f) | (others or {})
     def say(g, sample): return forecast(g, study.inputs, study.targets.sigma, sample)
     before, forecasts = ({k: say(g, sample) for k, g in networks.items()} for sample in (gate_part, test))
@@ -420,8 +436,6 @@ class Terms:
                              'train it again, with the train job or UltimateTradingAI') from e
 
 # %% ../nbs/42_study.ipynb #0ad2aa30
-def is_number(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x))
-
 def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one that a training can have written
     policy = Policy(**t.policy)
     trained, ends = pd.Timestamp(t.trained_until), pd.Timestamp(t.data_until)
@@ -431,7 +445,7 @@ def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one
         symbols=isinstance(t.symbols, list) and t.symbols and all(normalise_symbol(x) == x for x in t.symbols),
         timeframe=parse_timeframe(t.timeframe),
         trained_until=trained.tz is not None,
-        data_until=ends.tz is not None and trained <= ends,
+        data_until=ends.tz is not None and (trained.tz is None or trained <= ends),
         round_trip=is_number(t.round_trip) and 0 <= t.round_trip < 1,
         threshold=t.threshold is None or is_number(t.threshold) and 0 <= t.threshold <= 1,
         reach=set(t.reach) == {'down', 'up'} and all(is_number(x) and 0 <= x <= 100 for x in t.reach.values()),
@@ -513,10 +527,8 @@ def record(
 def heads_of(root) -> list[str]:
     "Heads of the ledger in the manifests of a state folder"
     heads = []
-    for generation in generations(root):
-        with suppress(StateError, KeyError, TypeError):
-            manifest = read_json(generation/'manifest.json')
-            heads.append(manifest['content']['about']['terms']['trials']['head'])
+    for content in contents(root):
+        with suppress(KeyError, TypeError): heads.append(content['about']['terms']['trials']['head'])
     return heads
 
 class Judged(NamedTuple):

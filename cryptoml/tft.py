@@ -380,6 +380,7 @@ def check_shapes(
         have = None if got[k] is None else tuple(got[k].shape)
         if have != shape: bad.append(f'{k} {have}, wanted {shape}')
     if bad: raise ValueError('wrong shape: ' + '; '.join(bad))
+    if not S: raise ValueError(f'no window to forecast: past is {tuple(past.shape)}')
     return got['past'], got['future'], got['static']
 
 # %% ../nbs/20_tft.ipynb #923cd3f9

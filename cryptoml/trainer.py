@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from .settings import SettingError, check_settings
 from .state import append_line, generations, load, lock, replace_file, save
 
 # %% ../nbs/30_trainer.ipynb #a72e7c46
@@ -30,11 +31,10 @@ def pick_device(
     device: str = 'auto',  # 'auto' (the GPU if there is one), 'cpu', 'cuda' or 'cuda:1'
 ) -> torch.device:
     "The device meant; TrainerError if it is not there"
+    try: check_settings(device=str(device))
+    except SettingError as e: raise TrainerError(str(e)) from None
     if device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try: found = torch.device(device)
-    except RuntimeError: found = None
-    if found is None or found.type not in ('cpu', 'cuda'):
-        raise TrainerError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:1', got {str(device)!r}")
+    found = torch.device(device)
     n = torch.cuda.device_count()
     if found.type == 'cuda' and (found.index or 0) >= n:
         raise TrainerError(f"device {str(device)!r} is not there, this machine has {n} CUDA devices: use 'auto'")
@@ -193,6 +193,7 @@ def _same_run(
     new: dict,     # Settings now
     theirs: dict,  # `state_dict` there
     ours: dict,    # `state_dict` now
+    trained: int,  # Epochs there
 ):
     "Refuse the folder of another run, and say what differs"
     def form(tensors, name):
@@ -205,6 +206,7 @@ def _same_run(
         first = differ[0]
         other.append(f'{len(differ)} tensors of the model, '
                      f'first {first}: {form(theirs, first)} there and {form(ours, first)} now')
+    if trained > new['epochs']: other.append(f"{trained} epochs there and {new['epochs']} asked for")
     if other:
         raise TrainerError(f"{root.parent} holds another run ({'; '.join(other)}): "
                            'use another folder, or the same settings')
@@ -220,6 +222,16 @@ def _schedule(plateau: ReduceLROnPlateau) -> dict:
 
 def _or_infinite(v: float | None) -> float: return math.inf if v is None else v   # JSON has no infinity
 
+def _columns(history: list[dict]) -> dict[str, Tensor]:
+    "Rows of numbers as columns: thousands of epochs are too much for a manifest"
+    names = dict.fromkeys(name for row in history for name in row)
+    values = {name: [row.get(name, math.nan) for row in history] for name in names}
+    def kind(column): return torch.int64 if all(isinstance(v, int) for v in column) else torch.float64
+    return {name: torch.tensor(column, dtype=kind(column)) for name, column in values.items()}
+
+def _rows(columns: dict[str, Tensor], names: list[str]) -> list[dict]:   # `names`: in their order
+    return [dict(zip(names, row)) for row in zip(*(columns[name].tolist() for name in names))]
+
 # %% ../nbs/30_trainer.ipynb #fbf2fea4
 class _State:
     "Model, optimiser, schedule, best weights and history, kept as one generation on disk"
@@ -228,7 +240,8 @@ class _State:
         self.optimizer = adamw(model, config.lr, config.weight_decay)
         self.mean = _mean_of(model, config.average) if config.average else None
         self.plateau = ReduceLROnPlateau(
-            self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr)
+            self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr,
+            threshold=0., threshold_mode='abs')
         self.best = {}             # Tensors of the best epoch
         self.best_loss = math.inf
         self.best_epoch = 0
@@ -236,15 +249,20 @@ class _State:
 
     def save(self):
         moments, lrs = pack(self.optimizer)
-        tensors = dict(model=self.model.state_dict(), best=self.best, optimizer=moments)
+        history = _columns(self.history)
+        tensors = dict(model=self.model.state_dict(), best=self.best, optimizer=moments, history=history)
         if self.mean: tensors['mean'] = self.mean.state_dict()
         begun = dict(config=asdict(self.config), lrs=lrs, plateau=_schedule(self.plateau))
-        found = dict(best_loss=self.best_loss, best_epoch=self.best_epoch, history=self.history)
+        found = dict(best_loss=self.best_loss, best_epoch=self.best_epoch, columns=list(history))
         save(self.root, tensors, begun | found, keep=2)
 
     def load(self):
         tensors, c = load(self.root)
-        _same_run(self.root, c['config'], asdict(self.config), tensors['model'], self.model.state_dict())
+        if 'columns' not in c:
+            raise TrainerError(f'{self.root.parent} holds a run of an earlier version: use another folder')
+        self.history = _rows(tensors['history'], c['columns'])
+        _same_run(self.root, c['config'], asdict(self.config), tensors['model'], self.model.state_dict(),
+                  len(self.history))
         self.model.load_state_dict(tensors['model'])
         if self.mean: self.mean.load_state_dict(tensors['mean'])
         unpack(self.optimizer, tensors['optimizer'], c['lrs'])
@@ -253,7 +271,6 @@ class _State:
         self.best = tensors['best']
         self.best_loss = _or_infinite(c['best_loss'])
         self.best_epoch = c['best_epoch']
-        self.history = c['history']
 
 # %% ../nbs/30_trainer.ipynb #801e2cdd
 class _Training(_State):

@@ -136,7 +136,7 @@ class Verdict:
     trials: int                 # Books tried, this one and failed ones included
     effective: float            # What they add up to: alike ones count for less
     days: int                   # Length of the test
-    faults: list                # What is wrong with the ledger, a sentence each
+    faults: list                # Why it cannot pass: what is wrong with the ledger, which baseline is missing
     place: str                  # Where the ledger lies
     head: str                   # Its last digest
     break_even: float | None    # Cost of a side, in bp, that would have taken all that was earned; None: no trade

@@ -41,7 +41,7 @@ class Scaler:
         q = np.zeros((3, x.shape[-1]))
         sd = np.zeros(x.shape[-1])
         q[:, seen] = np.nanquantile(v[:, seen], [.25, .5, .75], axis=0)
-        sd[seen] = np.nanstd(v[:, seen], axis=0)
+        sd[seen] = np.nanstd(v[:, seen].astype(float), axis=0)       # squares may be too large for float32
         iqr = (q[2] - q[0]) / 1.349
         scale = np.where(iqr > 1e-6 * sd, iqr, sd)
         return cls(q[1], np.where(scale > 0, scale, 1.0))

@@ -1,9 +1,11 @@
-"What several test files speak of: the terms of a model, any policy, any form of a clock"
+"What several test files speak of: the terms of a model, any policy, any form of a clock, labels that know nothing"
 from dataclasses import asdict
 
+import numpy as np
 from hypothesis import strategies as st
 
 from cryptoml.backtest import ROUND_TRIP
+from cryptoml.baselines import N_CLASSES, Seen
 from cryptoml.policy import Policy
 from cryptoml.study import Terms
 
@@ -40,3 +42,29 @@ CLOCKS = dict(                                         # forms in which a bot ma
     seconds=lambda now: now.timestamp(),
     milliseconds=lambda now: int(now.timestamp() * 1000),
 )
+
+def unrelated(seed, S, H):
+    "Training, validation and test of baselines: noise with labels that know nothing of it, a tenth of them missing"
+    rng = np.random.default_rng(seed)
+    def some():
+        labels = {k: rng.integers(0, n, (S, H)) for k, n in N_CLASSES.items()}
+        labels |= {k: rng.normal(size=(S, H)) for k in ('relative', 'volatility')}
+        gone = rng.random((S, H)) < .1
+        labels = {k: np.where(gone, -1 if k in N_CLASSES else np.nan, v) for k, v in labels.items()}
+        har = np.concatenate([np.ones((S, 1)), rng.normal(size=(S, 3))], 1)
+        har[:50] = np.nan
+        return Seen(
+            x=rng.normal(size=(S, 5)),
+            past=rng.integers(-1, 3, (S, H)),
+            regime=rng.integers(-1, 4, S),
+            volatility=rng.normal(size=(S, H)),
+            har=har,
+            trend=rng.normal(size=(S, 2)),
+            labels=labels,
+        )
+    return some(), some(), some()
+
+def nats(said, new, target):
+    "Log-loss of a forecast at the first horizon, by its definition"
+    y = new.labels[target][:, 0]
+    return -np.log(said[target][:, 0][np.arange(len(y)), y])[y >= 0].mean()

@@ -85,6 +85,35 @@ def test_nothing_writable_compiles_without_cache_and_says_so(tmp_path):
     assert not cached(tmp_path, '*.py')
 
 
+LIMITED = """import resource
+size = 8000                                            # bytes of a file: a text fits in, machine code does not
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))"""
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limit on the size of files')
+def test_no_room_for_machine_code_compiles_without_cache_and_says_so(tmp_path):
+    "Chosen in good faith, full when the code is to be written: every place is, so nothing is kept"
+    out, err = start(tmp_path, before=LIMITED)
+    assert out.startswith('[9.375, ') and ' 0 None' in out                           # compiled, and kept nowhere
+    assert 'set CRYPTOML_CACHE' in err and len(err.strip().splitlines()) == 1
+    assert not cached(tmp_path, '*.nbc') and not cached(tmp_path, '*.tmp*')
+
+
+FULL = """import errno, os
+from numba.core.caching import IndexDataCacheFile
+written = IndexDataCacheFile._open_for_write
+def full(self, path):
+    if path.startswith(os.environ['CRYPTOML_CACHE']): raise OSError(errno.ENOSPC, 'No space left on device', path)
+    return written(self, path)
+IndexDataCacheFile._open_for_write = full"""
+
+def test_a_full_disk_is_left_for_the_next_place(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'next'))
+    (tmp_path / 'next').mkdir()
+    out, err = start(tmp_path, before=FULL)
+    assert out.startswith('[9.375, ') and f' 0 {tmp_path / "next"}' in out and not err
+    assert not cached(tmp_path, '*.nbc') and list((tmp_path / 'next').rglob('up_*.nbc'))
+
+
 # --- many steps
 
 MANY = '''
@@ -121,6 +150,16 @@ def test_many_cold_steps_are_compiled_in_other_processes(tmp_path, name, before)
     assert err.startswith('compiling 13 steps') and len(err.splitlines()) == 1
     assert len(cached(tmp_path, 'step_*.nbc')) == 12
     assert len(cached(tmp_path, 'weigh_*.nbi')) == 1                                 # what all call is compiled once
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limit on the size of files')
+def test_many_cold_steps_without_room_for_their_code(tmp_path):
+    "In other processes and then in this one"
+    steps = ''.join(ADDED.format(k=k) for k in range(12))
+    out, err = finish(begin(tmp_path, MANY.format(steps=steps, before=LIMITED), 'many'))
+    assert out.strip() == str([10. + k for k in range(12)])
+    assert 'set CRYPTOML_CACHE' in err.splitlines()[-1] and len(err.splitlines()) == 2
+    assert not cached(tmp_path, 'step_*.nbc')
 
 
 # --- the folder

@@ -147,7 +147,7 @@ def test_frozen_feed_ends_in_a_mask(volume):
     (bars().assign(time='soon'), "cannot be read, first 'soon'"),
     (bars().assign(time=1604221200), 'does not tell its timeframe'),
     ('nowhere.parquet', 'no such file'),
-    (__file__, 'use .parquet, .feather or .csv'),
+    (__file__, 'use .parquet, .feather, .csv or .json'),
 ])
 def test_structure(frame, match):
     symbol = 'BTC/USDT' if isinstance(frame, list) else None
@@ -333,7 +333,8 @@ def slow_spikes(rows):
     return bad
 
 prices = st.sampled_from([10., 11., 12., 30., 47., 1000., 1100., .1, .11, 50000.])
-rows_of_bars = st.lists(st.tuples(st.integers(1, 4), prices, prices, prices), min_size=1, max_size=30)
+# no more than a day, so that nothing is said of steps
+rows_of_bars = st.lists(st.tuples(st.integers(1, 4), prices, prices, prices), min_size=1, max_size=24)
 
 def to_rows(raw):
     "(hour, high, low, close) of each; in most bars the three are equal"
@@ -347,8 +348,8 @@ def test_spikes_against_a_loop(raw):
     rows = to_rows(raw)
     t, high, low, close = (np.array(v, float) for v in zip(*rows))
     one_coin = np.zeros(len(t), int)
-    columns = dict(high=high, low=low, close=close)
-    (_, _, found), = data._spikes(one_coin, (t * 3.6e9).astype('int64'), columns)
+    columns = dict(open=close, high=high, low=low, close=close, volume=np.ones(len(t)))
+    found, _ = data._changes(one_coin, (t * 3.6e9).astype('int64'), columns, 3_600_000_000)
     assert found.tolist() == slow_spikes(rows)
 
 

@@ -571,10 +571,30 @@ def test_features_and_labels_must_fit():
     (dict(graph=torch.zeros(3, 4, dtype=torch.int64)), 'wanted .2, E.'),
     (dict(graph=torch.tensor([[-1], [0]])), 'name nodes -1 to 0'),
     (dict(graph=torch.tensor([[1], [0]]), weight=torch.ones(2)), 'weight .2,., wanted .1,.'),
+    (dict(graph=torch.tensor([[1, 2, 1], [0, 0, 0]])), '1 of 3 edges are there twice'),
 ], ids=['fewer nodes in the table', 'a weight a node', 'fewer present', 'present as numbers', 'three rows of edges',
-        'a node below 0', 'two weights for one edge'])
+        'a node below 0', 'two weights for one edge', 'an edge twice'])
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message): model()(case()[0], **change)
+
+
+@pytest.mark.parametrize('shape', [(2, 0, 4), (0, 6, 4), (0, 4)], ids=str)
+def test_a_graph_of_no_nodes(shape):
+    edges = dict(graph=torch.zeros(2, 0, dtype=torch.int64)) if len(shape) == 2 else {}
+    with pytest.raises(ValueError, match='has no node'): model()(torch.zeros(shape), **edges)
+
+
+@pytest.mark.parametrize('listed', [False, True], ids=['table', 'list'])
+@pytest.mark.parametrize('infinite', [(1,), (1, 3)], ids=['one', 'two'])
+def test_an_infinite_weight_is_the_limit_of_large_ones(listed, infinite):
+    net, (x, _, weight, _) = model(), case(B=1)
+    def states(largest):
+        w = weight.clone()
+        w[0, 0, list(infinite)] = largest
+        if not listed: return net(x, weight=w).states[0]
+        edges, w = to_edges(w > 0, w)
+        return net(x[0], edges, w).states
+    torch.testing.assert_close(states(math.inf), states(1e30), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('bad, message', [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from cryptoml.mtl import (NLL, TASKS, MultiTaskLearningHead, MultiTaskLoss, UncertaintyWeighting, classification_nll,
-                          multi_task_losses, quantile_nll, regression_nll, task_loss, utility)
+from cryptoml.mtl import (BOUNDS, NLL, TASKS, MultiTaskLearningHead, MultiTaskLoss, UncertaintyWeighting,
+                          classification_nll, multi_task_losses, quantile_nll, regression_nll, task_loss, utility)
 
 Q = (.1, .5, .9)
 
@@ -177,6 +177,31 @@ def test_recovers_planted_noises_of_every_kind():
         descend(opt, loss)
     assert w.noise()['a'] == pytest.approx(.5, rel=.02)
     assert w.noise()['b'] == pytest.approx(1., rel=.03)
+
+
+@pytest.mark.parametrize('kind', ['regression', 'classification', 'quantile'])
+def test_a_task_that_is_always_right_does_not_run_away(kind):
+    "10,000 steps at a loss of 0, and then one label that differs: it counts a few hundred times, not a million"
+    w = UncertaintyWeighting(dict(a=kind))
+    opt = torch.optim.AdamW(w.parameters(), lr=3e-3)
+    for _ in range(10_000): descend(opt, w(dict(a=torch.tensor(0.))))
+    one = w(dict(a=torch.tensor(1.)))
+    assert w.s['a'].item() == BOUNDS[0]
+    assert one.item() < math.exp(6)
+    weight = dict(regression=.5, classification=1, quantile=1)[kind]
+    price = dict(regression=.5, classification=.5, quantile=1)[kind]
+    slope, = torch.autograd.grad(one, w.s['a'])
+    assert slope.item() == pytest.approx(price - weight * math.exp(6), rel=1e-5)   # of the likelihood, not of a wall
+    for _ in range(4000): descend(opt, w(dict(a=torch.tensor(1.))))
+    assert w.s['a'].item() > -2                                                    # it leads back
+
+
+def test_a_task_of_infinite_loss_stays_within_bounds():
+    w = UncertaintyWeighting(dict(a='regression'))
+    opt = torch.optim.SGD(w.parameters(), lr=1.)
+    descend(opt, w(dict(a=torch.tensor(1e30))))
+    assert w(dict(a=torch.tensor(1e30))).isfinite()
+    assert w.s['a'].item() == BOUNDS[1]
 
 
 def test_loud_task_does_not_win():

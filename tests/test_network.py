@@ -188,7 +188,7 @@ def test_graph_reads_pairs():
     (dict(d_model=0), "whole numbers from 1 to 8192, got {'d_model': 0}"),
     (dict(n_pair=0), "got {'n_pair': 0}"),
     (dict(lookback=9999), "got {'lookback': 9999}"),
-    (dict(horizons=()), "got {'horizon': 0}"),
+    (dict(horizons=()), 'horizons must be rising whole numbers of bars from 1, got ..'),
 ])
 def test_config_is_checked(bad, said):
     with pytest.raises(ValueError, match=said): replace(C, **bad)

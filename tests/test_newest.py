@@ -21,21 +21,28 @@ SYMBOLS = ['BTC/USDT', 'ETH/USDT', 'SHIB/USDT']
 
 @pytest.fixture(scope='module')
 def world():
-    "An untrained model of three coins, their bars, and the close of the newest of them"
+    made = untrained(3)
+    assert made[0].terms.symbols == SYMBOLS
+    return made
+
+@pytest.fixture(scope='module')
+def six(): return untrained(6)      # one more than the comparison of coins needs
+
+def untrained(coins):
+    "An untrained model of some coins, their bars, and the close of the newest of them"
     torch.set_num_threads(1)
-    market = simulate(n_symbols=3, n_bars=2600, seed=3)
-    assert market.symbols == SYMBOLS
+    market = simulate(n_symbols=coins, n_bars=2600, seed=3)
     panel = to_panel(market.bars)
     inputs = make_inputs(panel)
     f = begin(inputs, panel.mask, ForecasterConfig())
     never = np.isnan(f.pick(inputs).x).all(1)                # Bitcoin is not compared with itself [N, F]
     terms = replace(
         TERMS,
-        symbols=SYMBOLS,
+        symbols=market.symbols,
         trained_until=panel.time[2000].isoformat(),
         data_until=panel.time[2400].isoformat(),
         importance={f.names[0]: .01},
-        absent={symbol: list(np.array(f.names)[gone]) for symbol, gone in zip(SYMBOLS, never)},
+        absent={symbol: list(np.array(f.names)[gone]) for symbol, gone in zip(market.symbols, never)},
     )
     return Snapshot(f, terms), market.bars.reset_index(drop=True), panel.time[-1] + H
 
@@ -89,7 +96,7 @@ def test_bars_that_open_in_the_future(walk):
 @pytest.mark.parametrize('need', [1, 3, 30, 100])
 def test_recent_bars_go_back_from_the_newest_closed(walk, need):
     half_past = walk['time'].max() + H / 2                   # the newest is in progress
-    bars = recent_bars(walk, S, [S], need, H, half_past)
+    bars, _ = recent_bars(walk, S, [S], need, H, half_past)
     assert len(bars) == min(need + 1, 30)
     assert bars['time'].max() == walk['time'].max()
 
@@ -126,6 +133,36 @@ def test_of_one_coin_as_of_all(world):
     model, bars, now = world
     everyone = predict_newest(model, bars, None, now)
     for symbol in SYMBOLS: assert predict_newest(model, bars, symbol, now) == {symbol: everyone[symbol]}
+
+@pytest.mark.parametrize('answer', [[], None, 'Too many requests', dict(code=-1003), [[0] * 6]])
+def test_one_bad_coin_stops_no_other(six, answer):
+    "It is named, and the others are forecast as if it had not been given"
+    model, bars, now = six
+    coins = {symbol: part.drop(columns='symbol') for symbol, part in bars.groupby('symbol')}
+    alone = predict_newest(model, {k: x for k, x in coins.items() if k != 'ETH/USDT'}, None, now)
+    found = predict_newest(model, coins | {'ETH/USDT': answer}, None, now)
+    why, = found['ETH/USDT']['faults']
+    assert why.startswith('ETH/USDT is left out: ') and found['ETH/USDT']['size'] is None
+    for symbol in set(coins) - {'ETH/USDT'}:
+        assert found[symbol]['faults'] == [] and why in found[symbol]['notes']
+        assert found[symbol] | dict(notes=0) == alone[symbol] | dict(notes=0)
+    assert predict_newest(model, coins | {'ETH/USDT': answer}, 'ETH/USDT', now)['ETH/USDT']['faults'] == [why]
+    assert predict_newest(model, coins | {'ZEC/USDT': answer}, None, now) == predict_newest(model, coins, None, now)
+
+def test_a_coin_of_another_length_stops_no_other(six):
+    model, bars, now = six
+    every_fourth = bars.drop(of(bars, 'ETH/USDT')[np.arange(len(of(bars, 'ETH/USDT'))) % 4 > 0])
+    found = predict_newest(model, every_fourth, None, now)
+    assert 'ETH/USDT is left out: mixed timeframes' in found['ETH/USDT']['faults'][0]
+    assert found[S]['faults'] == []
+
+def test_six_columns_for_a_model_of_more(world):
+    model, bars, now = world
+    assert 'taker_buy_volume' in bars
+    candles = bars[['time', 'symbol', 'open', 'high', 'low', 'close', 'volume']]
+    for p in predict_newest(model, candles, None, now).values():
+        assert p['faults'] == []
+        assert p['notes'] == ['8 inputs of training are missing, first taker_buy_share_1']
 
 def test_a_bar_of_the_training_is_in_sample(world):
     model, bars, now = world

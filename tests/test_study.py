@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from examples import TERMS
 from cryptoml.data import to_panel
-from cryptoml.backtest import Costs
+from cryptoml.backtest import Costs, account_for
 from cryptoml.forecaster import ForecasterConfig, begin, save_forecaster
+from cryptoml.ledger import Tried
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
@@ -106,8 +107,32 @@ def test_a_report_without_lightgbm_says_so_once(judged, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
     test = evaluate(f, study)
     sentence, = test.absent
-    assert 'cryptoml[boosting]' in sentence
+    assert 'lightgbm cannot be loaded' in sentence
     assert not any('boosting' in c.forecasts for c in test.comparisons)
+
+def earning(returns):
+    "A book of one coin that is held and moves so, without costs"
+    path = np.cumprod(1 + returns)[None]
+    time = pd.date_range('2020-01-01', periods=len(returns), freq='D', tz='UTC')
+    return account_for(np.ones_like(path), path, Costs(0, 0, 0), time=time)
+
+def test_what_was_not_compared_with_trees_cannot_pass(judged):
+    "A book that passes, but for the missing row"
+    study, f, _ = judged
+    noise = np.random.default_rng(0).normal(0, .01, (2, 1000))
+    test = replace(evaluate(f, study), books=dict(network=earning(noise[0] + .003), hold=earning(noise[1])))
+    def word(absent): return replace(test, absent=absent).verdict(Tried(1, 1., [], 'a file', ''))
+    sentence = 'no boosted trees: lightgbm cannot be loaded'
+    whole, without = word([]), word([sentence])
+    assert (whole.word, without.word) == ('PASS', 'INCONCLUSIVE')
+    assert (whole.faults, without.faults) == ([], [sentence])
+    assert sentence in str(without)
+
+def test_a_training_says_first_that_there_will_be_no_trees(judged, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, 'lightgbm', None)
+    Study.of(judged[0].panel, (4, 12))
+    said, = caplog.messages
+    assert said.startswith('no boosted trees: lightgbm cannot be loaded') and said.endswith('nothing can PASS')
 
 @pytest.mark.parametrize('name', ['network', 'HAR', 'hold'])
 def test_a_taken_name_is_refused(judged, name):

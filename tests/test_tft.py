@@ -289,6 +289,7 @@ def test_inputs_may_be_left_out_only_where_there_are_none():
     with pytest.raises(ValueError, match=r'past \(3, 4, 4\), wanted \(3, 5, 4\)'): net(past[:, 1:])
     with pytest.raises(ValueError, match='static None'): model(TFTConfig(4, 0, 2, 5, 2, d_model=8))(past)
     with pytest.raises(ValueError, match='future'): net(past, torch.zeros(3, 2, 1))
+    with pytest.raises(ValueError, match=r'no window to forecast: past is \(0, 5, 4\)'): net(past[:0])
 
 
 @pytest.mark.parametrize('step', range(4))

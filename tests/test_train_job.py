@@ -63,10 +63,11 @@ def killed_in_its_second_epoch(out, folder, hooks, **parameters):
 
 @pytest.fixture(scope='module')
 def bars(tmp_path_factory):
-    "Bars as another program would write them: BTCUSDT, a column called timestamp"
+    "Bars as another program would write them: BTCUSDT, a column called timestamp, and a name that is no symbol"
     path = tmp_path_factory.mktemp('data')/'bars.parquet'
     d = simulate(n_symbols=3, n_bars=2800, seed=4).bars.rename(columns=dict(time='timestamp'))
-    d.assign(symbol=d.symbol.str.replace('/', '')).to_parquet(path)
+    nameless = d[d.symbol == d.symbol.iloc[0]].assign(symbol='GOLD')           # of what against what, nobody knows
+    pd.concat([d.assign(symbol=d.symbol.str.replace('/', '')), nameless]).to_parquet(path)
     return path
 
 
@@ -104,12 +105,13 @@ def test_killed_in_mid_epoch_ends_with_the_same_weights(runs):
 
 def test_what_a_run_reports(runs):
     m = metrics_of(runs[1])
+    page = (runs[1]/'report.html').read_text()
     assert m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
     compared = {'network', 'lstm', 'majority', 'persistence', 'momentum', 'logistic', 'boosting', 'HAR', 'zero', 'hold'}
     assert compared <= {r['model'] for r in m['rows']}
     assert set(m['rows'][0]) == {'target', 'horizon', 'model', 'metric', 'over', 'value', 'lo', 'hi', 'n'}
     assert {'digest', 'span', 'symbols'} <= set(m['data'])
-    page = (runs[1]/'report.html').read_text()
+    assert 'cannot be split' in m['left_out']['GOLD'] and 'Left out: GOLD' in page
     assert page.count('data:image/png') >= 6 and m['verdict']['word'] in page
     left = {f.name for f in runs[1].iterdir()}
     assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= left
@@ -160,7 +162,7 @@ def test_what_a_run_leaves_is_what_a_bot_loads(runs):
     (dict(end='2022-01-15'), 'short'),
     (dict(size='huge'), 'size'),
     (dict(compare='rnn'), 'rnn'),
-    (dict(compare='network'), 'leave it out'),
+    (dict(compare='network'), 'is always there'),
     (dict(device='cuda:99'), 'cuda:99'),
     (dict(round_trip=-1), 'round_trip'),
 ], ids=str)

@@ -1,12 +1,13 @@
 "The loop under kills, damage and bad input: exact resume, determinism, learning (suites 4, 5, 11, 12, 13, 14)"
 import collections, hashlib, math, os, signal, subprocess, sys, textwrap
 
-import pytest, torch
+import pandas as pd, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 
-from cryptoml.state import generations, load, lock, read_lines
-from cryptoml.trainer import TrainConfig, TrainerError, UltimateTrainer, epoch_seed, pick_device, to_device, train_epoch
+from cryptoml.state import generations, load, lock, read_lines, save
+from cryptoml.trainer import (
+    TrainConfig, TrainerError, UltimateTrainer, _State, epoch_seed, pick_device, to_device, train_epoch)
 
 X = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()
@@ -30,21 +31,26 @@ def fit(out, model=None, **kw): return trainer(out, model, **kw).fit(batches, lo
 
 def content(out): return load(out/'checkpoint')[1]
 
+def history_of(out):
+    "The rows that the newest generation holds"
+    tensors, c = load(out/'checkpoint')
+    return pd.DataFrame({k: tensors['history'][k].numpy() for k in c['columns']}).to_dict('records')
+
 def bits(out):
     "All that a run left: weights, best weights, moments, learning rates, history but for its seconds"
     tensors, c = load(out/'checkpoint')
+    tensors['history'].pop('seconds', None)
     h = hashlib.sha256()
     for name, group in sorted(tensors.items()):
         for k, v in sorted(group.items()):
             h.update(f'{name} {k} {v.dtype} {tuple(v.shape)}'.encode())
             h.update(v.contiguous().numpy().tobytes())
-    history = [{k: v for k, v in row.items() if k != 'seconds'} for row in c['history']]
-    h.update(repr([c['lrs'], c['plateau'], c['best_loss'], c['best_epoch'], history]).encode())
+    h.update(repr([c['lrs'], c['plateau'], c['best_loss'], c['best_epoch'], c['columns']]).encode())
     return h.hexdigest()
 
 def whole_history(out, epochs):
     lines = read_lines(out/'history.jsonl')
-    return [r['epoch'] for r in lines] == list(range(1, epochs + 1)) and lines == content(out)['history']
+    return [r['epoch'] for r in lines] == list(range(1, epochs + 1)) and lines == history_of(out)
 
 @pytest.fixture(scope='module')
 def through(tmp_path_factory):
@@ -128,7 +134,7 @@ def test_more_epochs(through, tmp_path):
     h = fit(tmp_path, epochs=6)
     assert bits(tmp_path) == bits(through)
     assert whole_history(tmp_path, 6) and len(h) == 6
-    assert len(fit(tmp_path, epochs=3)) == 6           # fewer: the run is as it is
+    with pytest.raises(TrainerError, match='6 epochs there and 3 asked for'): fit(tmp_path, epochs=3)
 
 def test_same_seed_same_bits(through, tmp_path):
     torch.rand(7)                                      # what was drawn before does not matter
@@ -179,6 +185,23 @@ def test_torn_history(through, tmp_path):
     assert whole_history(tmp_path, 6) and bits(tmp_path) == bits(through)
 
 # ---- other runs, other trainers
+
+def test_a_run_of_an_earlier_version(through, tmp_path):
+    "Its history stood in the manifest"
+    tensors, c = load(through/'checkpoint')
+    tensors.pop('history')
+    save(tmp_path/'checkpoint', tensors, {k: v for k, v in c.items() if k != 'columns'} | dict(history=[dict(epoch=1)]))
+    with pytest.raises(TrainerError, match='an earlier version: use another folder'): fit(tmp_path)
+
+def test_a_long_history(tmp_path):
+    "Ten thousand epochs are more than a manifest holds"
+    settings = config(epochs=10_001)
+    run = _State(network(), settings, tmp_path/'checkpoint')
+    run.history = [dict(epoch=i, train_loss=1 / i, valid_loss=2 / i, valid_accuracy=.5) for i in range(1, 10_001)]
+    run.save()
+    again = _State(network(), settings, tmp_path/'checkpoint')
+    again.load()
+    assert again.history == run.history
 
 @pytest.mark.parametrize('kw, says', [
     (dict(seed=3), 'seed=0 there and 3 now'),
@@ -236,6 +259,18 @@ def test_validation_is_an_evaluation(tmp_path):
     epoch = [True] * 4 + [(False, False)]
     assert modes == epoch + epoch
 
+@pytest.mark.parametrize('losses, rate', [
+    ([1.] * 4, .005),                       # the fourth epoch is the third that is not better
+    ([-1.] * 4, .005),
+    ([0.] * 4, .005),
+    ([-100, -99.996, -99.992, -99.988], .005),
+    ([-1., -1.1, -1.2, -1.3], .01),
+    ([1e-5, 9e-6, 8e-6, 7e-6], .01),        # a loss in small units
+], ids=str)
+def test_the_learning_rate_falls_on_a_plateau_of_any_sign(tmp_path, losses, rate):
+    trainer(tmp_path, epochs=len(losses), lr=.01, lr_patience=2).fit(batches, loss, scripted(losses))
+    assert content(tmp_path)['lrs'][0] == rate
+
 def test_learning_rate_floor(tmp_path):
     t = trainer(tmp_path, epochs=12, lr=0.01, lr_factor=0.1, min_lr=1e-5)
     h = t.fit(batches, loss, scripted([1.] * 12))
@@ -245,7 +280,7 @@ def test_validation_not_finite(tmp_path):
     h = trainer(tmp_path, epochs=4).fit(batches, loss, scripted([math.nan, 2., math.inf, 3.]))
     assert h.valid_loss.tolist()[1::2] == [2, 3] and content(tmp_path)['best_epoch'] == 2
     again = trainer(tmp_path, epochs=4).fit(None, None, None)
-    assert again.valid_loss.isna().tolist() == [True, False, True, False]   # in JSON they are null
+    pd.testing.assert_series_equal(again.valid_loss, h.valid_loss)          # as they were
     assert again.valid_loss.dtype == float
 
 def test_no_epoch_was_finite(tmp_path):
@@ -275,7 +310,7 @@ def test_nothing_but_bad_batches(tmp_path):
     t = trainer(tmp_path, nn.Linear(4, 2))
     with pytest.raises(TrainerError, match='not finite in 5 batches in a row, after 0 good steps .loss nan'):
         t.fit(bad_from_the_third, loss, validate)
-    assert len(content(tmp_path)['history']) == 2      # the epochs before are kept
+    assert len(history_of(tmp_path)) == 2      # the epochs before are kept
 
 def test_an_infinite_gradient_is_skipped():
     "The slope of a root at 0: a finite loss, a gradient that is not"
