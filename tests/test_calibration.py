@@ -1,0 +1,177 @@
+"Temperatures, intervals and rarity: against plain second implementations, and what must hold for any input"
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cryptoml.calibration import (ETA, KEEP, LEVELS, MOST, ODD, Familiar, Intervals, Said, Scores, arrays_of,
+                                  calibration_error, intervals_from, temperature, tempered)
+
+
+@given(st.integers(0, 10**6), st.floats(.5, 2))
+@settings(max_examples=30, deadline=None)
+def test_temperatures_multiply_and_keep_the_order(seed, t):
+    p = np.random.default_rng(seed).dirichlet(np.full(4, 3.), 20)
+    once = tempered(p, t)
+    assert once.sum(-1) == pytest.approx(1)
+    assert (once.argmax(-1) == p.argmax(-1)).all()
+    assert tempered(once, 1 / t) == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize('true', [.5, 1., 3.])
+def test_the_temperature_is_where_the_slope_is_zero(true):
+    rng = np.random.default_rng(0)
+    honest = rng.dirichlet(np.ones(3), 20_000)
+    came = (rng.random(len(honest))[:, None] > honest.cumsum(1)).sum(1)
+    said = tempered(honest, 1 / true)
+    t = temperature(said, came)
+    z = np.log(said)
+    mean = (tempered(said, t) * z).sum(1)
+    assert np.mean(mean - z[np.arange(len(z)), came]) == pytest.approx(0, abs=1e-3)   # d loss / d (1/T)
+    assert t == pytest.approx(true, rel=.05)
+
+
+def test_perfect_forecasts_show_what_chance_shows():
+    rng = np.random.default_rng(1)
+    shown = []
+    for k in range(40):
+        p = rng.dirichlet(np.ones(3), 400)
+        came = (rng.random(400)[:, None] > p.cumsum(1)).sum(1)
+        e = calibration_error(came, p, 400, seed=k)
+        shown.append(e.shown - e.by_chance)
+    assert abs(np.mean(shown)) < .004
+
+
+@given(st.lists(st.floats(-5, 5), max_size=60), st.integers(1, 20), st.floats(.01, .5))
+@settings(deadline=None)
+def test_scores_are_the_last_ones_sorted(values, keep, a):
+    scores = Scores(keep=keep)
+    for v in values: scores.add(v)
+    last = values[-keep:]
+    assert list(scores.came) == last and scores.ordered == sorted(last)
+    rank = math.ceil((len(last) + 1) * (1 - a))
+    assert scores.beyond(a) == (sorted(last)[rank - 1] if rank <= len(last) else 1.)
+
+
+def plainly(said, y, when, known, step):
+    "The same intervals with lists that are sorted anew each time, one level"
+    a, given = (1 - .9) / 2, []
+    past = {g: ([], []) for g in range(3)}
+    c = np.zeros((3, 2))
+    learnt = 0
+    for s, f in enumerate(said):
+        while learnt < s and known[learnt] <= when[s]:
+            old, (lo, hi) = said[learnt], given[learnt]
+            if np.isfinite(y[learnt]):
+                for k, outside in enumerate((y[learnt] < lo, y[learnt] > hi)):
+                    c[old.group, k] = min(max(c[old.group, k] + step * (outside - a), -MOST), MOST)
+                past[old.group][0].append((old.centre - y[learnt]) / old.below)
+                past[old.group][1].append((y[learnt] - old.centre) / old.above)
+            learnt += 1
+        reach = []
+        for k in range(2):
+            scores = sorted(past[f.group][k][-KEEP:])
+            rank = math.ceil((len(scores) + 1) * (1 - a))
+            own = scores[rank - 1] if rank <= len(scores) else 1.
+            reach.append(own * math.exp(c[f.group, k]))
+        given.append((f.centre - reach[0] * f.below, f.centre + reach[1] * f.above))
+    return np.array(given)
+
+
+def history(n=700, seed=0):
+    rng = np.random.default_rng(seed)
+    said = [Said(*row, int(g)) for row, g in zip(np.c_[rng.normal(size=n), rng.uniform(.5, 2, (n, 2))],
+                                                 rng.integers(0, 3, n))]
+    y = np.array([f.centre for f in said]) + 1.3 * rng.standard_t(3, n)
+    y[rng.random(n) < .05] = np.nan
+    when = np.arange(n) // 3
+    return said, y, when, when + 5
+
+
+def test_intervals_equal_a_plain_second_implementation():
+    said, y, when, known = history()
+    i = Intervals(overlap=15)
+    assert i.follow(said, y, when, known)[:, 1] == pytest.approx(plainly(said, y, when, known, ETA / 15), abs=1e-12)
+
+
+def test_a_history_in_two_halves_is_the_history_in_one():
+    said, y, when, known = history()
+    one = Intervals(overlap=15).follow(said, y, when, known)
+    first = Intervals(overlap=15)
+    cut, learnt, given = 300, 0, []
+    def follow_on(i, s):
+        nonlocal learnt
+        while learnt < s and known[learnt] <= when[s]:
+            if np.isfinite(y[learnt]): i.learn(said[learnt], given[learnt], y[learnt])
+            learnt += 1
+        given.append(i.bounds(said[s]))
+    for s in range(cut): follow_on(first, s)
+    second = intervals_from(arrays_of(first), overlap=15)
+    for s in range(cut, len(said)): follow_on(second, s)
+    assert np.array_equal(np.stack(given), one)
+
+
+def test_labels_change_nothing_before_they_are_known():
+    said, y, when, known = history()
+    changed = y.copy()
+    changed[400:] = 50.
+    a, b = (Intervals(overlap=15).follow(said, v, when, known) for v in (y, changed))
+    same = when < known[400]
+    assert np.array_equal(a[same], b[same]) and not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize('level', LEVELS)
+def test_coverage_of_heavy_tails_in_every_third(level):
+    rng = np.random.default_rng(2)
+    n = 30_000
+    group = rng.integers(0, 3, n)
+    y = rng.standard_t(3, n) * np.array([.5, 1., 3.])[group]
+    said = [Said(0., 1., 1., int(g)) for g in group]
+    b = Intervals(overlap=6).follow(said, y, np.arange(n), np.arange(n) + 6)[:, LEVELS.index(level)]
+    inside = (y > b[:, 0]) & (y < b[:, 1])
+    assert np.isfinite(b).all()
+    for g in range(3): assert inside[(group == g) & (np.arange(n) > 3000)].mean() == pytest.approx(level, abs=.01)
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(offset=np.full((3, 2, 2), np.nan)),
+    dict(offset=np.full((3, 2, 2), 2 * MOST)),
+    dict(offset=np.zeros((3, 1, 2))),
+    dict(scores=np.zeros((3, 2, 7))),
+    dict(scores=np.full((3, 2, KEEP), np.inf)),
+    dict(scores=np.where(np.arange(KEEP) == 5, 1., np.nan) * np.ones((3, 2, 1))),
+])
+def test_a_state_that_no_label_can_have_given_is_refused(wrong):
+    state = arrays_of(Intervals(overlap=6))
+    with pytest.raises(ValueError, match='no state of|no label can have given'):
+        intervals_from(state | wrong, overlap=6)
+
+
+def rows(rng, n, F=30):
+    causes = np.random.default_rng(9).normal(size=(4, F))
+    return np.clip(rng.normal(size=(n, 4)) @ causes / 2 + .3 * rng.normal(size=(n, F)), -5, 5)
+
+
+def test_ordinary_rows_are_called_odd_as_rarely_as_said():
+    often = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        held, fresh = rows(rng, 400), rows(rng, 400)
+        f = Familiar.fit(rows(rng, 800), held, np.zeros(400), 5.)
+        often.append((f.rarity(fresh, np.zeros(400), 5.) < ODD).mean())
+    assert np.mean(often) <= ODD
+
+
+def test_rarity_is_a_share_and_every_statistic_can_raise_it():
+    rng = np.random.default_rng(0)
+    held = rows(rng, 400)
+    f = Familiar.fit(rows(rng, 800), held, np.zeros(400), 5.)
+    usual = rows(rng, 50)
+    at_clip = usual.copy()
+    at_clip[:, ::2] = 5.
+    along = usual + 8 * f.directions[:, 0] * f.spread[0]
+    across = usual + 3 * np.linalg.svd(f.directions.T)[2][-1] * np.sqrt(30)
+    for z, gone in ((usual, .5), (at_clip, 0), (along, 0), (across, 0)):
+        r = f.rarity(z, np.full(50, gone), 5.)
+        assert (r >= 0).all() and (r <= 1).all() and (r < ODD).mean() > .95
