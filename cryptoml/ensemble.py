@@ -110,10 +110,9 @@ def stretches(
 
 # %% ../nbs/34_ensemble.ipynb #fdb0376f
 class Shares(NamedTuple):
-    "Shares of some members, and what they cost on other days"
+    "Shares of some members"
     weights: np.ndarray   # [M]
     back: float           # How far they went back towards equal ones
-    loss: np.ndarray      # Mean loss on each stretch [5]
 
 def weigh(
     z: np.ndarray,        # What is averaged [M, S, K]
@@ -126,12 +125,12 @@ def weigh(
     M = len(z)
     def towards(w, back): return (1 - back) * w + back / M
     def paid(w, s): return kind.loss(np.tensordot(w, z[:, s], 1), y[s]).mean()
-    losses = np.empty((len(BACK), STRETCHES))
-    for k, (apart, held) in enumerate(stretches(day, overlap)):
+    losses = np.zeros(len(BACK))
+    for apart, held in stretches(day, overlap):
         w = best_weights(z[:, apart], y[apart], kind)
-        losses[:, k] = [paid(towards(w, back), held) for back in BACK]
-    best = int(losses.mean(1).argmin())
-    return Shares(towards(best_weights(z, y, kind), BACK[best]), BACK[best], losses[best])
+        losses += [paid(towards(w, back), held) for back in BACK]
+    back = BACK[int(losses.argmin())]
+    return Shares(towards(best_weights(z, y, kind), back), back)
 
 # %% ../nbs/34_ensemble.ipynb #fc83d6f5
 def helpers(
