@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np
 from llvmlite import ir
 from numba import types
-from .compile import PRELUDE_KEY, load, log, text_of, with_names
+from .compile import LEAN, NAMES, PRELUDE_KEY, load, log, text_of, with_names
 from .data import EXTRA, LEVEL, judge, usable
 
 # %% ../nbs/10_engine.ipynb #f0f9b9f6
@@ -437,9 +437,7 @@ def glance(M, plan, X, number):
     "Whether the first of the bars would be accepted; nothing is changed"
     return taken(M[len(M) - LEVEL:].copy(), X[0], number[0], plan[2:6])
 
-WALK = '''import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+WALK = NAMES + '''from numba.extending import intrinsic
 from llvmlite import ir
 {call}
 call = intrinsic(call)
@@ -448,12 +446,13 @@ LEVEL = {level}
 {glance}
 glance = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1])', cache=True)(glance)
 {walk}
-walk = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1], f8[:, ::1], i8)', nogil=True, cache=True)(walk)
+walk = njit('i8(f8[::1], i8[::1], f8[:, ::1], i8[::1], f8[:, ::1], i8)', nogil=True, cache=True, _nrt=False)(walk)
 '''
 
 def walk_text() -> str:
     "Text of the module of `walk` and what it calls"
-    parts = [f'{with_names(f)}\n{f.__name__} = njit({f.__name__})' for f in (taken, tables_of, disorder, keep_past)]
+    def part(f): return f'{with_names(f, LEAN)}\n{f.__name__} = njit({LEAN}, forceinline=True)({f.__name__})'
+    parts = [part(f) for f in (taken, tables_of, disorder, keep_past)]
     texts = dict(call=text_of(call), glance=text_of(glance), walk=text_of(walk))
     return WALK.format(parts='\n'.join(parts), level=LEVEL, **texts)
 
