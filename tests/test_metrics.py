@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from scipy import fft, stats
+from scipy import integrate, signal, stats
 from cryptoml import metrics as m
 
 seeds = st.integers(0, 2**32 - 1)
@@ -68,6 +68,13 @@ nine = np.arange(9)
     pytest.param(lambda x: m.pinball(x, x[:, None], [.5]), id='pinball'),
     pytest.param(lambda x: m.coverage(x, x, x), id='coverage'),
     pytest.param(lambda x: m.qlike(np.exp(x), np.exp(x)), id='qlike'),
+    pytest.param(lambda x: m.interval_score(x, nine - 1., nine + 1., .9), id='interval_score'),
+    pytest.param(lambda x: m.interval_score(nine, x, nine + 9., .9), id='interval_score, a bound'),
+    pytest.param(lambda x: m.unbiased(np.exp(x), np.exp(nine)), id='unbiased'),
+    pytest.param(lambda x: m.surest(x, .5), id='surest'),
+    pytest.param(lambda x: m.holm(x / 9), id='holm'),
+    pytest.param(lambda x: m.min_track_record(x), id='min_track_record'),
+    pytest.param(lambda x: m.interval_auc(nine % 2, x, nine), id='interval_auc'),
     pytest.param(lambda x: m.auc(nine % 2, x), id='auc'),
     pytest.param(lambda x: m.accuracy(x, np.zeros(9)), id='accuracy'),
     pytest.param(lambda x: m.accuracy_at_coverage(x, np.ones(9)), id='accuracy_at_coverage'),
@@ -139,8 +146,226 @@ def test_deflated_sharpe_falls_with_trials():
 def test_diebold_mariano_keeps_its_size(n, h):
     g = np.random.default_rng(0)
     overlapping = lambda: np.convolve(g.normal(size=n + h - 1), np.ones(h), 'valid')
-    reject = [m.diebold_mariano(overlapping(), np.zeros(n), h).p < .05 for _ in range(400)]
+    reject = [m.diebold_mariano(overlapping(), np.zeros(n), overlap=h - 1).p < .05 for _ in range(400)]
     assert .02 < np.mean(reject) < .085
+
+def squared_errors(g, days, a_day, coins, reach, half):
+    """Of two equally bad forecasts of coins that share most of their moves, labels `reach` decisions long, forecasts
+    that keep half of what they say for `half` decisions [2, coins * days * a_day]"""
+    K = days * a_day
+    phi = .5 ** (1 / half)
+    def shared(make): return np.sqrt(.6) * make(1) + np.sqrt(.4) * make(coins)
+    def kept(n):
+        shocks = g.normal(size=(n, K + 100))
+        return signal.lfilter([np.sqrt(1 - phi**2)], [1, -phi], shocks)[:, 100:]
+    path = np.cumsum(shared(lambda n: g.standard_t(4, (n, K + reach)) / np.sqrt(2)), 1)
+    y = (path[:, reach:] - path[:, :-reach]) / np.sqrt(reach)
+    return [np.square(y - .3 * shared(kept)).ravel() for _ in range(2)]
+
+@pytest.mark.parametrize('days, coins, reach, half', [
+    pytest.param(182, 5, 6, 9, id='half a year, a day ahead'),
+    pytest.param(182, 5, 1, 9, id='half a year, 4 h ahead'),
+    pytest.param(365, 10, 18, 9, id='a year of ten coins, three days ahead'),
+    pytest.param(912, 5, 18, 36, id='five folds, three days ahead, slow forecasts'),
+])
+def test_equal_forecasts_of_a_panel_are_not_told_apart(days, coins, reach, half):
+    "Overlapping labels, coins that move together: an error rate of at most 6 % at 5 %, and no empty test"
+    g = np.random.default_rng(0)
+    day = np.tile(np.repeat(np.arange(days), 6), coins)
+    tries = [squared_errors(g, days, 6, coins, reach, half) for _ in range(1000)]
+    found = [m.diebold_mariano(a, b, day, reach / 6) for a, b in tries]
+    assert .03 < np.mean([f.p < .05 for f in found]) <= .06
+    assert .03 < np.mean([f.better < .05 for f in found]) <= .06
+
+def test_a_better_forecast_of_a_panel_is_found():
+    g = np.random.default_rng(0)
+    day = np.tile(np.repeat(np.arange(365), 6), 5)
+    y, a, b = g.normal(size=(3, len(day)))
+    found = m.diebold_mariano(np.square(y - .1 * y - a), np.square(y - b), day, 1.)
+    assert found.t < -3 and found.better == pytest.approx(found.p / 2) and found.p < .01
+
+def test_diebold_mariano_is_the_interval_of_the_mean_difference():
+    "The level at which the interval touches 0 is 1 - p, whatever the samples of a day weigh"
+    g = np.random.default_rng(0)
+    day = np.sort(g.integers(0, 60, 700))
+    a, b = g.normal(.1, 1, 700), g.normal(0, 1, 700)
+    found = m.diebold_mariano(a, b, day, 1.)
+    just = m.interval_mean(a - b, day, level=1 - found.p, overlap=1.)
+    assert (just.lo if just.value > 0 else just.hi) == pytest.approx(0, abs=1e-12)
+    assert np.sign(found.t) == np.sign(just.value)
+
+def test_order_of_samples_means_nothing_to_diebold_mariano():
+    g = np.random.default_rng(0)
+    a, b = g.normal(size=(2, 600))
+    day, order = np.arange(600) // 6, g.permutation(600)
+    shuffled = m.diebold_mariano(a[order], b[order], day[order] * 3, 3.)
+    assert shuffled == pytest.approx(m.diebold_mariano(a, b, day, 1.))
+
+@pytest.mark.parametrize('n, overlap, given', [(19, 0, False), (20, 0, True), (39, 1, False), (40, 1, True)])
+def test_too_few_days_are_not_compared(n, overlap, given):
+    d = np.random.default_rng(0).normal(size=n)
+    assert np.isfinite(m.diebold_mariano(d, 0 * d, overlap=overlap)).all() == given
+
+# Holm: against another library's numbers, the procedure step by step, and a simulation
+
+def test_holm_against_statsmodels():
+    "multipletests(p, method='holm')[1] of statsmodels 0.15.0; holdout-backtest 0.1.0 gives the same"
+    p = [.001, .011, .02, .02, .6, .04, .0095, .9]
+    want = [.008, .0665, .1, .1, 1., .12, .0665, 1.]
+    assert m.holm(p) == pytest.approx(want, abs=1e-12)
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_holm_step_by_step(p):
+    "A p-value is at most the largest of those before it, each times how many were left when it was looked at"
+    got = m.holm(p)
+    ranked = sorted(range(len(p)), key=lambda i: p[i])
+    for k, i in enumerate(ranked):
+        assert got[i] == pytest.approx(min(1, max((len(p) - j) * p[ranked[j]] for j in range(k + 1))))
+
+@pytest.mark.parametrize('bad', [-.1, 1.1])
+def test_what_is_no_probability_is_refused(bad):
+    with pytest.raises(ValueError, match='1 of 3 values are no probabilities'): m.holm([.2, bad, .3])
+
+def test_holm_finds_nothing_in_a_family_of_nothing():
+    "And not only where all are equal: three true differences among twelve leave the error of the others where it was"
+    g = np.random.default_rng(0)
+    lead = np.r_[np.full(3, .4), np.zeros(9)]
+    wrong, found = [], []
+    for _ in range(2000):
+        x = .6 * g.normal(size=(100, 1)) + .8 * g.normal(size=(100, 12)) + lead
+        p = m.holm(stats.ttest_1samp(x, 0).pvalue)
+        wrong.append((p[3:] <= .05).any())
+        found.append((p[:3] <= .05).mean())
+    assert np.mean(wrong) <= .06 and np.mean(found) > .7
+
+# Interval score
+
+def test_interval_score_is_a_sum_of_pinball_losses():
+    "Gneiting and Raftery 2007, section 6.2"
+    g = np.random.default_rng(0)
+    y, a, b = g.normal(size=(3, 500))
+    q = np.sort([a, b], 0).T
+    for level in (.5, .8, .9):
+        ends = (1 - level) / 2, (1 + level) / 2
+        want = 2 / (1 - level) * m.pinball_loss(y, q, ends).sum(1)
+        assert m.interval_score_loss(y, *q.T, level) == pytest.approx(want)
+
+def test_interval_score_of_normal_quantiles():
+    "Its expectation at the true quantiles, by numerical integration"
+    z = stats.norm.ppf(.95)
+    y = np.random.default_rng(0).normal(size=200_000)
+    def at(v): return (2 * z + 20 * max(abs(v) - z, 0)) * stats.norm.pdf(v)
+    want, _ = integrate.quad(at, -9, 9, points=[-z, z])
+    assert m.interval_score(y, 0 * y - z, 0 * y + z, .9) == pytest.approx(want, rel=.005)
+    assert want == pytest.approx(2 * stats.norm.pdf(z) / .05)
+
+@pytest.mark.parametrize('level', [0, 1, 80])
+def test_a_level_is_a_share(level):
+    with pytest.raises(ValueError, match='level must lie between 0 and 1'): m.interval_score([0], [0], [1], level)
+
+# Bias of volatility forecasts
+
+@given(seeds, st.floats(-2, 2))
+@settings(max_examples=20, deadline=None)
+def test_one_constant_takes_the_bias_out(seed, shift):
+    g = np.random.default_rng(seed)
+    realised, pred = np.exp(g.normal(size=(2, 200)))
+    got = m.unbiased(realised, pred * np.exp(shift))
+    assert got == pytest.approx(m.unbiased(realised, pred))                      # whatever the level was
+    least = m.qlike(realised, got)
+    assert least <= min(m.qlike(realised, got * k) for k in (.9, .99, 1.01, 1.1))
+    assert np.square(realised / got).mean() == pytest.approx(1)
+
+# The surest
+
+@given(seeds, st.sampled_from([.1, .37, .5, 1.]))
+@settings(max_examples=30, deadline=None)
+def test_the_surest_are_a_share_and_no_surer_one_is_left(seed, share):
+    conf = np.random.default_rng(seed).normal(size=50).round(1)
+    kept = m.surest(conf, share)
+    assert kept.sum() == pytest.approx(np.ceil(round(50 * share, 9)))
+    assert conf[kept < 1].max(initial=-9) <= conf[kept > 0].min()
+    assert len(set(kept[(kept > 0) & (kept < 1)])) <= 1                              # ties share alike
+
+# AUC with its interval
+
+@given(seeds, st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_interval_of_an_auc_is_the_slow_one(seed, digits):
+    g = np.random.default_rng(seed)
+    day = g.integers(0, 45, 400)
+    up = g.random(400) < .4
+    score = (g.normal(size=400) + .5 * up).round(digits)
+    slow = m.interval(m.auc, day, up, score, overlap=.5)
+    assert m.interval_auc(up, score, day, overlap=.5) == pytest.approx(slow, abs=1e-9)
+
+def test_interval_of_an_auc_is_that_of_delong():
+    "DeLong, DeLong and Clarke-Pearson 1988: independent samples, each a day"
+    g = np.random.default_rng(0)
+    up = g.random(4000) < .5
+    score = g.normal(size=4000) + .4 * up
+    win = stats.norm.cdf(.4 / np.sqrt(2))
+    above = np.searchsorted(np.sort(score[~up]), score[up]) / (~up).sum()             # placements
+    below = 1 - np.searchsorted(np.sort(score[up]), score[~up]) / up.sum()
+    error = np.sqrt(above.var(ddof=1) / up.sum() + below.var(ddof=1) / (~up).sum())
+    found = m.interval_auc(up, score, np.arange(4000))
+    assert half_width(found, 4000) == pytest.approx(error, rel=.1)                    # of few cosines, a rough one
+    assert found.lo < win < found.hi
+
+def test_a_class_that_lies_on_one_day_has_no_interval():
+    day = np.repeat(np.arange(30), 4)
+    up = day == 3
+    found = m.interval_auc(up, np.arange(120.), day)
+    assert np.isfinite(found.value) and np.isnan([found.lo, found.hi]).all()
+
+# Track records
+
+@pytest.mark.parametrize('a_year, skew, kurtosis, years', [(252, 0, 3, 2.73), (52, 0, 3, 2.83), (12, 0, 3, 3.24),
+                                                           (12, -.72, 5.78, 4.99)])
+def test_track_records_of_the_paper(a_year, skew, kurtosis, years):
+    "Bailey and López de Prado 2012, section on the minimum track record length: 2 against 1 a year at 95 %"
+    n = m.track_record_length(2 / a_year**.5, skew, kurtosis, 1 / a_year**.5)
+    assert round(n / a_year, 2) == years
+
+def test_track_record_against_other_libraries():
+    "holdout-backtest 0.1.0, minimum_track_record_length; purgedcv 0.1.11 gives the next whole number of returns"
+    n = m.track_record_length(.1, -.5, 6., .02, .99)
+    assert n == pytest.approx(899.4590364055, abs=1e-9)
+    assert np.ceil(n) == 900
+
+@given(seeds, st.sampled_from([.6, .9, .95, .999]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_track_record_is_long_enough_where_its_psr_is(seed, level, dependent):
+    g = np.random.default_rng(seed)
+    r = g.normal(g.uniform(0, .004), .02, g.integers(40, 800))
+    need = m.min_track_record(r, .3, 365, level, dependent)
+    assert (need <= len(r)) == (m.psr(r, .3, 365, dependent) >= level)
+    if not dependent and np.isfinite(need):
+        assert m.psr(r, .3, 365) == pytest.approx(
+            stats.norm.cdf(stats.norm.ppf(level) * np.sqrt((len(r) - 1) / (need - 1))))
+
+def test_track_records_that_nothing_shortens():
+    r = np.random.default_rng(0).normal(0, .01, 400)
+    r -= r.mean()
+    assert m.min_track_record(r - 1e-4) == m.min_track_record(r, 1.) == np.inf
+    assert 1e9 < m.min_track_record(r + 1e-9, dependent=True) < np.inf           # and no endless search
+    with pytest.raises(ValueError, match='level must lie between .5 and 1'): m.min_track_record(r + 1e-4, level=.5)
+
+def test_a_trending_track_must_be_longer():
+    x = np.random.default_rng(0).normal(.1, 1, 2001)
+    trending = x[1:] + x[:-1]                                        # MA(1): twice the variance of a mean
+    short, long = (m.min_track_record(trending, dependent=d) for d in (False, True))
+    assert long > 1.4 * short
+
+# Against other libraries, run beside ours once: their numbers
+
+def test_psr_and_deflated_sharpe_against_holdout_backtest():
+    """holdout-backtest 0.1.0, deflated.py, from ratio, length, skewness and kurtosis of these returns. purgedcv 0.1.11
+    takes the unbiased skewness and kurtosis and is within .001"""
+    r = .001 + .02 * np.sin(np.arange(300.) ** 2)
+    assert m.psr(r, 0, 365) == pytest.approx(.8187716791915789, abs=1e-10)
+    assert m.deflated_sharpe(r, 25, 1.2, 365) == pytest.approx(.10377649697231905, abs=1e-10)
 
 hours = pd.date_range('2024-03-30', periods=60, freq='h', tz='UTC')
 
@@ -237,10 +462,12 @@ def test_error_under_dependence_is_that_of_lo():
         return half_width(m.interval_sharpe(e[1:] + e[:-1], np.arange(365), 1), 365)
     assert rms(one) == pytest.approx(np.sqrt(2 / 365), rel=.04)
 
-def test_cosines_are_those_of_the_transform():
-    x = np.random.default_rng(0).normal(size=(3, 182))
-    waves = fft.dct(x, axis=1)[:, 1:m.cosines(182) + 1] / np.sqrt(2 * 182)
-    assert m.long_run_variance(x) == pytest.approx((waves**2).mean(1), rel=1e-12)
+@pytest.mark.parametrize('n, overlap', [(20, 0), (182, 0), (182, 3.), (365, 9.)])
+def test_long_run_variance_is_that_of_the_cosines(n, overlap):
+    x = np.random.default_rng(0).normal(size=(3, n))
+    t = np.arange(1, n + 1) - .5
+    waves = [np.sqrt(2 / n) * x @ np.cos(np.pi * j * t / n) for j in range(1, m.cosines(n, overlap) + 1)]
+    assert m.long_run_variance(x, overlap) == pytest.approx(np.square(waves).mean(0), rel=1e-12)
 
 @pytest.mark.parametrize('n, overlap, given', [(19, 0, False), (20, 0, True), (39, 1, False), (40, 1, True),
                                                (182, 4, True), (365, 24, False), (960, 24, True)])

@@ -151,6 +151,14 @@ def test_long_labels_are_purged_even_without_embargo():
         assert 301 in f.train
 
 
+def test_combinatorial_folds_against_another_library():
+    """Training sizes of holdout-backtest 0.1.0, combinatorial_purged_cv(5, 2) of 100 hours, labels of 6 hours, embargo
+    of 4 hours after them (10 rows there); purgedcv 0.1.11 cuts the same folds"""
+    time = hourly(100)
+    folds = combinatorial(time, time + 6 * HOUR, 5, 2, '4h')
+    assert [len(f.train) for f in folds] == [50, 34, 34, 44, 44, 28, 38, 44, 38, 54]
+
+
 def nearest(train, test):
     "The training position nearest to each test position; the earlier of two"
     right = np.clip(np.searchsorted(train, test), 0, len(train) - 1)
