@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUND_TRIP', 'BORROW', 'GROSS', 'COSTS', 'FUNDING', 'TRADED', 'LAPSED', 'STOPS', 'TAKES', 'Costs', 'cost_share',
-           'hit_rate', 'break_even_bp', 'plot_equity', 'Book', 'Account', 'account_for', 'append_trial', 'backtest']
+           'hit_rate', 'break_even_bp', 'plot_equity', 'Book', 'Account', 'account_for', 'chained', 'append_trial',
+           'backtest']
 
 # %% ../nbs/06_backtest.ipynb #b6055076
 import hashlib
@@ -558,6 +559,27 @@ def account_for(
         panel[:] = _panel(name, level, shape)
     account.run(shape[1] - 1)
     return account.book()
+
+# %% ../nbs/06_backtest.ipynb #617a5126
+def chained(
+    books: list[Book],   # Of spans that follow one another, in their order
+) -> Book:               # Weights of a coin that is missing in one of them are 0 there
+    "One book over all spans; ValueError where they overlap"
+    ends = [(a.time[-1], b.time[0]) for a, b in zip(books, books[1:])]
+    if any(last >= first for last, first in ends): raise ValueError(f'the spans of the books overlap: {ends}')
+    together = ('returns', 'gross', 'costs', 'funding', 'turnover', 'refused')
+    columns = {k: np.concatenate([getattr(b, k) for b in books]) for k in together}
+    N = max(len(b.weights) for b in books)
+    def padded(w): return np.pad(w, ((0, N - len(w)), (0, 0)))
+    return Book(
+        **columns,
+        equity=np.cumprod(1 + columns['returns']),
+        weights=np.concatenate([padded(b.weights) for b in books], 1),
+        touched=np.concatenate([b.touched for b in books], 1),
+        time=books[0].time.append([b.time for b in books[1:]]),
+        data=hashlib.sha256(''.join(b.data for b in books).encode()).hexdigest(),
+        unfunded=tuple(sorted({n for b in books for n in b.unfunded})),
+    )
 
 # %% ../nbs/06_backtest.ipynb #a55a1647
 def _gaps(

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'MOST', 'NODE', 'ZERO', 'KERNEL', 'RIDGES', 'PLAIN', 'ROUNDS', 'PATIENCE', 'SETTINGS', 'BOOSTED',
            'check_kinds', 'check_nodes', 'descend', 'compiled_descend', 'Trees', 'NoTrees', 'library', 'why_no_trees',
            'tree_of', 'grown', 'Task', 'probabilities', 'ridge', 'line', 'along', 'Scale', 'Rows', 'One', 'grow',
-           'find', 'again', 'Boosted', 'forest_name', 'arrays_of', 'boosted_of', 'check_model', 'newest', 'boosting']
+           'find', 'again', 'Boosted', 'forest_name', 'arrays_of', 'boosted_of', 'check_model', 'newest', 'Forests']
 
 # %% ../nbs/26_boosting.ipynb #bae5c5ca
 import functools
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
 import torch
-from .baselines import Fitted, N_CLASSES, Seen, joined, softmax_regression, with_one
+from .baselines import N_CLASSES, Seen, frequencies, least_squares, softmax_regression, with_one
 from .compile import load, with_names
 from .metrics import log_loss, mse, pinball
 
@@ -252,10 +252,11 @@ PLAIN = (np.inf,)               # No line: trees alone
 def ridge(
     z: np.ndarray,       # Standardised inputs [S, F], finite
     y: np.ndarray,       # Numbers [S], finite
-    l2: float,           # Ridge; infinite: the mean alone
+    l2: float,           # Ridge; 0: least squares; infinite: the mean alone
 ) -> np.ndarray:         # Weights [F + 1], the last the constant
     "Ridge regression"
     if np.isinf(l2): return np.append(np.zeros(z.shape[1]), y.mean())
+    if l2 == 0: return least_squares(with_one(z), y)
     middle = z.mean(0)
     inner = z.T @ z / len(z) - np.outer(middle, middle)
     w = np.linalg.solve(inner + l2 * np.eye(len(middle)), z.T @ (y - y.mean()) / len(z))
@@ -267,8 +268,8 @@ def line(
     y: np.ndarray,       # Labels [S]
     l2: float,           # Ridge; infinite: the same for all
 ) -> np.ndarray:         # Weights [F + 1, forests, columns]
-    "The scores that trees start from, fitted to the samples that have a label"
-    there = task.known(y)
+    "The scores that trees start from, fitted to the samples that have a label and every input"
+    there = task.known(y) & np.isfinite(z).all(1)
     z, y = z[there], y[there]
     if not len(y): raise ValueError('nothing to fit: no sample has a label')
     if not task.classes:
@@ -278,7 +279,7 @@ def line(
         return by_level
     if np.isinf(l2):
         w = np.zeros((z.shape[1] + 1, task.classes))
-        w[-1] = np.log((np.bincount(y, minlength=task.classes) + 1) / (len(y) + task.classes))
+        w[-1] = np.log(frequencies(y, task.classes))
     else: w = softmax_regression(z, y, task.classes, l2)
     return (w[:, 1:] - w[:, :1] if task.classes == 2 else w)[:, None]
 
@@ -456,16 +457,24 @@ BOOSTED = dict(
 
 def newest(s: Seen) -> np.ndarray: return np.concatenate([s.x, s.har], 1)   # [S, F + R]
 
-def boosting(train: Seen, valid: Seen) -> Fitted:
-    "Boosted trees on the newest inputs, for every target of theirs that has labels; NoTrees where they cannot be grown"
-    library()
-    both = joined(train, valid)
-    def fit(target):
-        seen = [a for s in (train, valid) for a in (newest(s), s.labels[target])]
-        found = Boosted.fit(BOOSTED[target], *seen, ridges=PLAIN)
-        return found.refit(newest(both), both.labels[target])
-    models = {k: fit(k) for k in BOOSTED if train.has(k) and valid.has(k)}
-    def forecast(s):
-        said = {k: m.predict(newest(s)) for k, m in models.items()}
+@dataclass(frozen=True)
+class Forests:
+    "Boosted trees on the newest inputs"
+    models: dict[str, Boosted]   # By target
+
+    @classmethod
+    def find(cls, train: Seen, valid: Seen, ridges: tuple = PLAIN, targets=tuple(BOOSTED)) -> 'Forests':
+        "Fitted to training and stopped by validation, for every one of the targets that has labels in both"
+        def fit(target):
+            seen = [a for s in (train, valid) for a in (newest(s), s.labels[target])]
+            return Boosted.fit(BOOSTED[target], *seen, ridges=ridges)
+        return cls({k: fit(k) for k in targets if train.has(k) and valid.has(k)})
+
+    def refit(self, rows: Seen) -> 'Forests':
+        "Grown on other rows, with the settings that were found"
+        return Forests({k: m.refit(newest(rows), rows.labels[k]) for k, m in self.models.items()})
+
+    def __call__(self, s: Seen) -> dict[str, np.ndarray]:
+        "Forecasts by target"
+        said = {k: m.predict(newest(s)) for k, m in self.models.items()}
         return {k: v[..., None] if k == 'volatility' else v for k, v in said.items()}
-    return forecast

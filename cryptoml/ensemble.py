@@ -21,6 +21,9 @@ class Kind(NamedTuple):
     back: Callable    # And back
     loss: Callable    # Of averages [S, K] and outcomes [S], a number a sample [S]
     slope: Callable   # Of the loss in the average [S, K]
+    made: tuple       # The function that makes it, and its arguments
+
+    def __reduce__(self): return self.made[0], self.made[1:]     # closures cannot be pickled: they are made again
 
 # %% ../nbs/34_ensemble.ipynb #b480c24d
 def _log_total(z: np.ndarray) -> np.ndarray:   # [..., K] -> [..., 1]
@@ -36,6 +39,7 @@ def classes() -> Kind:
         back=probabilities,
         loss=lambda z, y: (_log_total(z)[:, 0] - z[np.arange(len(z)), y]),
         slope=lambda z, y: probabilities(z) - came(z, y),
+        made=(classes,),
     )
 
 def quantiles(
@@ -49,10 +53,11 @@ def quantiles(
         back=lambda z: z,
         loss=lambda z, y: np.maximum(tau * off(z, y), (tau - 1) * off(z, y)).mean(-1),
         slope=lambda z, y: ((off(z, y) < 0) - tau) / len(tau),
+        made=(quantiles, levels),
     )
 
 # %% ../nbs/34_ensemble.ipynb #7fb2c51c
-def _of_numbers(loss, slope) -> Kind:   # Of y - m
+def _of_numbers(make, loss, slope) -> Kind:   # By `make`; of y - m
     "Single numbers, with a loss of the error"
     def error(z, y): return np.asarray(y) - z[:, 0]
     return Kind(
@@ -60,15 +65,16 @@ def _of_numbers(loss, slope) -> Kind:   # Of y - m
         back=lambda z: z[..., 0],
         loss=lambda z, y: loss(error(z, y)),
         slope=lambda z, y: slope(error(z, y))[:, None],
+        made=(make,),
     )
 
 def number() -> Kind:
     "Numbers, by squared error"
-    return _of_numbers(loss=np.square, slope=lambda e: -2 * e)
+    return _of_numbers(number, loss=np.square, slope=lambda e: -2 * e)
 
 def log_volatility() -> Kind:
     "Log volatilities, by QLIKE of the variance (Patton 2011)"
-    return _of_numbers(loss=lambda e: np.exp(2 * e) - 2 * e - 1, slope=lambda e: 2 - 2 * np.exp(2 * e))
+    return _of_numbers(log_volatility, loss=lambda e: np.exp(2 * e) - 2 * e - 1, slope=lambda e: 2 - 2 * np.exp(2 * e))
 
 # %% ../nbs/34_ensemble.ipynb #7396919b
 def best_weights(

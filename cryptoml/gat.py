@@ -6,7 +6,7 @@
 __all__ = ['SLOPE', 'CACHED', 'attend_part', 'attend_dense', 'attend_edges', 'with_own', 'log_weight', 'dense_bias', 'edge_bias',
            'to_edges', 'drop', 'GraphAttentionLayer', 'GATConfig', 'GATOutput', 'is_list', 'list_faults',
            'table_faults', 'check_graph', 'attention_over', 'GraphAttentionNetwork', 'best_pairs', 'DynamicGraph',
-           'EdgeHead', 'correlation', 'correlation_loss', 'plot_attention_graph', 'CitationData', 'CitationRun',
+           'mean_of_pairs', 'EdgeHead', 'correlation_loss', 'plot_attention_graph', 'CitationData', 'CitationRun',
            'CitationResult', 'citation_run', 'citation_experiment', 'BlockSizes', 'draw_words', 'draw_edges',
            'block_graph']
 
@@ -367,71 +367,54 @@ class DynamicGraph(nn.Module):
         return score.masked_fill(~keep, float('-inf')).softmax(-1)
 
 # %% ../nbs/21_gat.ipynb #b06bcfe0
+def mean_of_pairs(
+    past: Tensor,           # [..., N, N, E], NaN where not known
+    present: Tensor|None,   # [..., N] bool
+) -> Tensor:                # [..., 1, 1, E], 0 where none is known
+    "Mean over the known pairs of present nodes"
+    known = past.isfinite()
+    if present is not None: known = known & (present[..., :, None] & present[..., None, :])[..., None]
+    total = past.masked_fill(~known, 0).sum((-3, -2), keepdim=True)
+    return total / known.sum((-3, -2), keepdim=True).clamp(min=1)
+
 class EdgeHead(nn.Module):
-    "Correlations between all nodes in the next window, from the nodes' states"
+    "Correlations between all nodes in the next window: a learnt correction of the trailing ones"
     def __init__(
         self,
-        n_in: int,           # F, width of a node's state
-        rank: int = 8,       # Factors
-        past: bool = False,  # Whether the correlations of the past window are given
+        n_in: int,       # F, width of a node's state
+        spans: int,      # E, trailing spans, the longest last
+        rank: int = 8,   # Numbers of a state that are compared
     ):
         super().__init__()
+        self.slopes = nn.Parameter(torch.eye(spans)[-1])
+        self.shift = nn.Parameter(torch.zeros(()))
         self.loadings = nn.Linear(n_in, rank)
-        self.trust = nn.Parameter(torch.zeros(())) if past else None                   # logit of the weight of the past
+        self.signs = nn.Parameter(torch.zeros(rank))
 
     def forward(
         self,
-        x: Tensor,                    # [B, N, F]
-        past: Tensor|None = None,     # [B, N, N] correlations of the past window, NaN where not known
-        present: Tensor|None = None,  # [B, N] bool
-    ) -> Tensor:                      # [B, N, N] symmetric, 1 on the diagonal, 0 between a missing node and the others
-        takes_past = self.trust is not None
-        if (past is not None) != takes_past:
-            given = 'not ' if past is None else ''
-            raise ValueError(f'past correlations are {given}given, the head was built with past={takes_past}')
+        x: Tensor,                    # [..., N, F]
+        past: Tensor,                 # [..., N, N, E] Fisher's z of the spans just past, NaN where not known
+        present: Tensor|None = None,  # [..., N] bool
+    ) -> Tensor:                      # [..., N, N] Fisher's z, symmetric; of a node with itself it says nothing
+        if past.shape[-1] != len(self.slopes):
+            raise ValueError(f'past correlations of {past.shape[-1]} spans, the head was built for {len(self.slopes)}')
         if present is not None: x = x.masked_fill(~present[..., None], 0)
-        u = self.loadings(x)
-        u = u / (1 + u.square().sum(-1, keepdim=True)).sqrt()
-        if present is not None: u = u.masked_fill(~present[..., None], 0)
-        rho = u @ u.mT
-        if past is not None:
-            known = past.isfinite()
-            if present is not None: known = known & present[:, :, None] & present[:, None]
-            rho = rho + self.trust.sigmoid() * known * (past.nan_to_num() - rho)
-        own = torch.eye(rho.shape[-1], dtype=torch.bool, device=rho.device)
-        return ((rho + rho.mT) / 2).masked_fill(own, 1)
+        past = torch.where(past.isfinite(), past, mean_of_pairs(past, present))
+        u = self.loadings(x).tanh()
+        return past @ self.slopes + self.shift + (u * self.signs) @ u.mT
 
 # %% ../nbs/21_gat.ipynb #da690a7c
-def correlation(
-    values: Tensor,   # [..., N, T], NaN where missing
-    least: int = 8,   # Fewer common values than this give NaN
-) -> Tensor:          # [..., N, N]
-    "Correlation of every pair over the times both have, NaN where there are too few or one does not vary"
-    m = values.isfinite()
-    values = values.masked_fill(~m, float('nan'))
-    centred = values - values.nanmean(-1, keepdim=True)                                # the sums below lose no digits
-    x = centred.nan_to_num()
-    m = m.to(x.dtype)
-    n = m @ m.mT                                                                       # over the pair's common times
-    s = x @ m.mT
-    ss = x.square() @ m.mT
-    cov = x @ x.mT - s * s.mT / n
-    var = ss - s.square() / n
-    ok = (n >= least) & (var > 1e-6 * ss) & (var > 1e-6 * ss).mT
-    return (cov / (var * var.mT).sqrt()).clamp(-1, 1).masked_fill(~ok, float('nan'))
-
-# %% ../nbs/21_gat.ipynb #ce854e82
 def correlation_loss(
-    predicted: Tensor,          # [B, N, N] forecast correlations
-    observed: Tensor,           # [B, N, N] those of the window, NaN where not known
-    mask: Tensor|None = None,   # [B, N, N] bool, pairs to count; None counts all known ones
-) -> Tensor:                    # Scalar, best possible about 1 / (T - 3) for windows of T values
-    "Mean squared difference of Fisher's z over the known pairs"
-    z = lambda r: r.clamp(-.999, .999).atanh()
-    pairs = observed.isfinite().triu(1)
-    if mask is not None: pairs = pairs & mask
-    error = (z(predicted) - z(observed.nan_to_num())).square()
-    return (error * pairs).sum() / pairs.sum().clamp(min=1)
+    predicted: Tensor,    # [..., N, N] Fisher's z
+    observed: Tensor,     # [..., N, N] that of the window, NaN where not known
+) -> tuple[Tensor, Tensor]:   # Mean squared error over the pairs known from both sides, and the share that is
+    "Loss of forecast correlations, best possible about 1 / (T - 2) for windows of T values"
+    other = ~torch.eye(observed.shape[-1], dtype=torch.bool, device=observed.device)
+    known = observed.isfinite() & observed.mT.isfinite() & other
+    error = torch.where(known, predicted - observed.nan_to_num(), 0).square()
+    pairs = other.sum() * observed[..., 0, 0].numel()
+    return error.sum() / known.sum().clamp(min=1), known.sum() / pairs.clamp(min=1)
 
 # %% ../nbs/21_gat.ipynb #f540e294
 def plot_attention_graph(

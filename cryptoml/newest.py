@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPARE', 'GONE', 'NAMED', 'Prediction', 'Snapshot', 'recent_bars', 'bar_faults', 'View', 'look', 'beside_candles',
            'window_faults', 'masked', 'others_masked', 'TooShort', 'Ready', 'Faulty', 'unit_faults', 'examine',
-           'without_forecast', 'named', 'largest', 'reasons_of', 'plain', 'predict_newest']
+           'without_forecast', 'named', 'largest', 'reasons_of', 'of_book', 'plain', 'predict_newest']
 
 # %% ../nbs/44_newest.ipynb #e7d2ccd3
 import functools
@@ -17,10 +17,10 @@ from .data import (EXTRA, DataError, DataReport, NoSymbol, Panel, clean_each, no
                            parse_timeframe, read_each, to_panel)
 from .engine import BARS
 from .features import catalogue
-from .forecaster import Forecaster, Inputs, forecast, make_inputs, needed_history
-from .gate import confidence
+from .combined import Combined
+from .forecaster import Inputs, make_inputs, needed_history
 from .study import Terms
-from .targets import CLASSES, REGIMES, trailing_sigma
+from .targets import CLASSES, REGIMES, trailing_beta, trailing_sigma
 from .windows import Samples
 
 # %% ../nbs/44_newest.ipynb #523d67b5
@@ -39,9 +39,13 @@ class Prediction(TypedDict):
     volatility: list | None         # Expected volatility per bar, by horizon [H]
     volatility_quantiles: list | None   # By horizon and level [H][Q]
     regime: dict | None             # Probability of each regime at the longest horizon
-    size: list | None               # Position that the size head wants, -1 to 1, by horizon [H]
+    size: list | None               # Position that the networks want, -1 to 1, by horizon [H]
     sigma: float | None             # Volatility per bar of the recent past
-    confidence: float | None        # Probability that a move beyond the band goes the way of the size
+    beta: float | None              # To the mean coin, in the recent past; None: not known
+    correlation: dict | None        # Expected correlation with each other coin; of a coin that cannot be read None
+    score: float | None             # What the policy of the declared book is given: its sign is a side
+    confidence: float | None        # Probability that the coin goes the way of that book's position
+    rarity: float | None            # Share of usual bars that look at least as odd as this one, at most
     in_sample: bool                 # The bar was seen in training
     inputs: list | None             # Inputs the forecast rests on: name, value (scaled, 0 is usual), importance (nats)
     attention: list | None          # Past bars attended to most: bars_ago, weight
@@ -52,11 +56,16 @@ class Prediction(TypedDict):
 @dataclass(frozen=True)
 class Snapshot:
     "A trained model and its terms; never changed"
-    forecaster: Forecaster
+    forecaster: Combined
     terms: Terms
 
     @property
     def timeframe(self) -> pd.Timedelta: return parse_timeframe(self.terms.timeframe)
+
+    @property
+    def need(self) -> int:
+        "Bars that a forecast of the newest bar needs"
+        return needed_history(self.forecaster.first, self.timeframe)
 
 # %% ../nbs/44_newest.ipynb #8aab31bf
 def recent_bars(
@@ -118,6 +127,7 @@ class View:
     report: DataReport        # What the check found in them, and which coins it left out
     inputs: Inputs            # Of the bars that are good
     sigma: np.ndarray         # Trailing volatility per bar [N, T]
+    beta: np.ndarray          # Trailing beta to the mean coin [N, T]
     usable: np.ndarray        # Samples that can be forecast [N, T], bool
 
     @property
@@ -128,7 +138,7 @@ class View:
 
     def window(self, t: int) -> slice:
         "Bars of the window that ends at bar t"
-        return slice(max(0, t + 1 - self.model.forecaster.network.config.lookback), t + 1)
+        return slice(max(0, t + 1 - self.model.forecaster.lookback), t + 1)
 
 # %% ../nbs/44_newest.ipynb #75c22bc3
 def look(
@@ -143,7 +153,7 @@ def look(
     if ('extra' in s.terms.sources) != (extra is not None):
         raise DataError('this model was trained with own columns: give extra' if extra is None else
                         'this model was trained without own columns: leave extra out')
-    need = needed_history(s.forecaster, s.timeframe) + SPARE
+    need = s.need + SPARE
     bars, unread = recent_bars(data, symbol, s.terms.symbols, need, s.timeframe, now)
     if symbol is not None and symbol not in {*bars['symbol'], *unread}:
         raise DataError(f'no bar of {symbol} in the data')
@@ -151,7 +161,8 @@ def look(
     report = replace(report, refused=unread | report.refused)
     panel = to_panel(good, s.timeframe)
     inputs = s.forecaster.pick(make_inputs(panel, extra, **(sources or {})))
-    return View(s, now, bars, report, inputs, trailing_sigma(panel), s.forecaster.usable(inputs))
+    recent = trailing_sigma(panel), trailing_beta(panel)
+    return View(s, now, bars, report, inputs, *recent, s.forecaster.usable(inputs))
 
 # %% ../nbs/44_newest.ipynb #1c9d554e
 GONE = dict(
@@ -168,7 +179,7 @@ def beside_candles() -> set[str]:
     return {name for name, columns in reads.items() if columns <= set(BARS) and columns & set(EXTRA)}
 
 def window_faults(
-    f: Forecaster,
+    f: Combined,
     there: np.ndarray,    # Bars of the window that are there [L], bool
     x: np.ndarray,        # Newest inputs [F], NaN where missing
     usable: bool,         # What the forecaster says of this bar
@@ -276,7 +287,7 @@ def examine(
     mine, defects = view.bars[view.bars['symbol'] == symbol], view.report.defects
     faults = bar_faults(mine, defects[defects['symbol'] == symbol], last, view.now, s.timeframe, skew)
     if bar is None or faults: return Faulty(last, faults)
-    need, have = needed_history(s.forecaster, s.timeframe), bar + 1 - int(there.argmax())
+    need, have = s.need, bar + 1 - int(there.argmax())
     changed = unit_faults(defects[defects['symbol'] == symbol], last, s.timeframe, have, need)
     if changed: return Faulty(last, changed)
     if have < need:
@@ -294,14 +305,14 @@ def examine(
 # %% ../nbs/44_newest.ipynb #86596bf6
 def without_forecast(s: Snapshot, symbol: str, last: pd.Timestamp | None, faults: list[str]) -> Prediction:
     "A prediction that says why there is none"
-    c = s.forecaster.network.config
+    f = s.forecaster
     nothing = dict.fromkeys(Prediction.__annotations__)
     known = dict(
         symbol=symbol,
         data_time=None if last is None else (last + s.timeframe).isoformat(),
         faults=faults,
-        horizons=list(c.horizons),
-        quantile_levels=list(c.quantiles),
+        horizons=list(f.config.horizons),
+        quantile_levels=list(f.levels),
         in_sample=False,
         notes=[],
     )
@@ -320,7 +331,7 @@ def reasons_of(
     symbol: str,
 ) -> dict:
     "What a forecast rests on: inputs with their present values, bars and other coins with their weights"
-    f, L = s.forecaster, s.forecaster.network.config.lookback
+    f, L = s.forecaster.first, s.forecaster.lookback
     scaled = named(f.names, f.scaler(x))
     missing = {n for n, value in zip(f.names, x) if np.isnan(value)}
     def value(n): return None if n in missing else scaled.get(n)
@@ -332,16 +343,31 @@ def reasons_of(
     )
 
 # %% ../nbs/44_newest.ipynb #b9f4c530
+def of_book(view: View, ready: Ready, fc: dict) -> dict:
+    "What the declared book is given of a coin: score and confidence, beta and correlations"
+    symbols, book = view.panel.symbols, view.model.terms.declared
+    alone = {k: v[None] for k, v in fc.items()}                    # a sample of one
+    def known(v): return float(v) if np.isfinite(v) else None
+    others = {k: known(v) for k, v in zip(symbols, fc['correlation']) if k != symbols[ready.coin]}
+    return dict(
+        beta=known(view.beta[ready.coin, ready.bar]),
+        correlation=others,
+        score=float(book.score(alone)[0]),
+        confidence=float(book.confidence(alone)[0]),
+    )
+
+# %% ../nbs/44_newest.ipynb #d3cde1db
 def plain(
     view: View,
     ready: Ready,
     fc: dict,               # What `forecast` gives for this sample, of each
+    rarity: float,          # Of its inputs
 ) -> Prediction:
     "A forecast as plain values"
-    s, c, panel = view.model, view.model.forecaster.network.config, view.panel
+    s, c, panel = view.model, view.model.forecaster.first.network.config, view.panel
     n, t, symbol = ready.coin, ready.bar, panel.symbols[ready.coin]
     close = panel.time[t] + panel.timeframe
-    if not all(np.isfinite(v).all() for v in fc.values()):
+    if not all(np.isfinite(v).all() for k, v in fc.items() if k != 'correlation'):
         return without_forecast(s, symbol, panel.time[t], ['the model does not answer with numbers'])
     steps = [h // c.stride - 1 for h in c.horizons]
     middle = len(c.quantiles) // 2
@@ -361,7 +387,8 @@ def plain(
         regime=named(REGIMES, fc['regime'][-1]),
         size=fc['size'].tolist(),
         sigma=float(view.sigma[n, t]),
-        confidence=float(confidence(fc['direction'][-1], fc['size'][-1])),
+        rarity=rarity,
+        **of_book(view, ready, fc),
         in_sample=close < pd.Timestamp(s.terms.trained_until),
         notes=ready.notes,
         **reasons_of(s, fc, view.inputs.x[n, t], panel.symbols, symbol),
@@ -371,29 +398,32 @@ def plain(
 def predict_newest(
     s: Snapshot,
     data,                          # Bars in any shape `read_bars` takes
-    symbol: str | None,            # The symbol to predict; None: every coin of the model
+    symbol: str | None,            # The symbol to predict, and in a neutral book all others; None: every coin
     now: pd.Timestamp,             # Bars not closed by then are left out
     extra: pd.DataFrame | None = None,   # A user's own columns, if the model was trained with some
     sources: dict | None = None,         # Frames of the other sources
     skew: pd.Timedelta | str = '1min',   # How far the bot's clock may be behind the exchange's
 ) -> dict[str, Prediction]:
     "Predictions of the last closed bars; DataError for a call that cannot be understood"
-    wanted = s.terms.symbols if symbol is None else [normalise_symbol(symbol)]
-    if lost := [x for x in wanted if x not in s.terms.symbols]:
-        known = s.terms.left_out.get(lost[0])
+    asked = None if symbol is None else normalise_symbol(symbol)
+    if asked is not None and asked not in s.terms.symbols:
+        known = s.terms.left_out.get(asked)
         why = f'it was left out of training: {known}' if known else 'train with it'
-        raise DataError(f'{lost[0]} is not a coin of this model, which are {", ".join(s.terms.symbols)}: {why}')
-    view = look(s, data, None if symbol is None else wanted[0], now, extra, sources)
+        raise DataError(f'{asked} is not a coin of this model, which are {", ".join(s.terms.symbols)}: {why}')
+    view = look(s, data, asked, now, extra, sources)
+    wanted = [asked] if asked is not None and not s.terms.declared.neutral else s.terms.symbols
     def found(name):
         try: return examine(view, name, pd.Timedelta(skew))
         except TooShort as e:
-            if symbol is not None: raise
+            if name == asked: raise
             return Faulty(e.last, [str(e)])
     examined = {name: found(name) for name in wanted}
     ready = {name: x for name, x in examined.items() if isinstance(x, Ready)}
     out = {name: without_forecast(s, name, *x) for name, x in examined.items() if isinstance(x, Faulty)}
     if ready:
         sample = Samples(np.array([x.coin for x in ready.values()]), np.array([x.bar for x in ready.values()]))
-        fc = forecast(s.forecaster, view.inputs, view.sigma, sample, each=True)
-        for i, (name, x) in enumerate(ready.items()): out[name] = plain(view, x, {k: v[i] for k, v in fc.items()})
+        fc = s.forecaster.forecast(view.inputs, view.sigma, sample, each=True)
+        rarity = s.forecaster.rarity(view.inputs, sample)
+        for i, (name, x) in enumerate(ready.items()):
+            out[name] = plain(view, x, {k: v[i] for k, v in fc.items()}, float(rarity[i]))
     return {name: out[name] for name in wanted}

@@ -11,7 +11,7 @@ import base64, html, io
 import numpy as np
 import pandas as pd
 from .metrics import accuracy_at_coverage, reliability
-from .verdict import Verdict
+from .verdict import OWN, Verdict
 
 # %% ../nbs/43_report.ipynb #99a88ca1
 def calibration_plot(
@@ -76,7 +76,7 @@ def equity_plot(
     "Equity of each book after costs, from 1, at equal risk"
     for name, r in books.items():
         days = pd.date_range(start, periods=len(r), freq='D')
-        ax.plot(days, np.cumprod(1 + at_volatility(r, annual)), label=name, lw=1.8 if name == 'network' else 1)
+        ax.plot(days, np.cumprod(1 + at_volatility(r, annual)), label=name, lw=1.8 if name == OWN else 1)
     ax.axhline(1, color='.7', lw=.8)
     ax.set(ylabel=f'equity after costs, {annual:.0%} volatility')
     ax.legend(frameon=False, ncol=2)

@@ -63,7 +63,9 @@ _FRACTION = Rule('a fraction in [0, 1)', is_fraction, '5 bp is 5e-4, 10 % is .1'
 RULES = dict(
     horizons=Rule(f'different whole numbers of bars from 1 to {LONGEST}',
                   lambda x: are_different(x, lambda h: is_whole(h, 1, LONGEST), least=1)),
-    size=one_of(SIZE_NAMES),
+    size=one_of(('auto', *SIZE_NAMES)),
+    book=one_of(('auto', 'relative', 'timing')),
+    **dict.fromkeys(('long_only', 'fresh'), Rule('True or False', lambda x: isinstance(x, bool))),
     model=one_of(MODEL_NAMES),
     compare=Rule(f'different names among {", ".join(RIVALS)}', lambda x: are_different(x, lambda m: m in RIVALS),
                  'the network itself is always there'),
@@ -72,7 +74,7 @@ RULES = dict(
     question=Rule('a text of one line', lambda x: isinstance(x, str) and x.isprintable()),
     seed=whole(0, LARGEST_SEED),
     threads=whole(1, MOST_THREADS),
-    **dict.fromkeys(('epochs', 'dates', 'windows', 'every'), whole(1)),
+    **dict.fromkeys(('epochs', 'dates', 'windows', 'every', 'networks'), whole(1)),
     lr=Rule('a number above 0', lambda x: is_number(x) and x > 0),
     **dict.fromkeys(('round_trip', 'fee', 'half_spread', 'slippage', 'borrow'), _FRACTION),
 )

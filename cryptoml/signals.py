@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'NUMBERS', 'WORDS', 'ACT_ON', 'SAID', 'DUST', 'Signal', 'leaves', 'not_numbers', 'MaxAge', 'duration',
-           'clock_says', 'levels_of', 'doubts', 'forecast_in_words', 'rests_on_in_words', 'reasons', 'parts_of_book',
-           'make_signal', 'acted_on']
+           'clock_says', 'levels_of', 'doubts_of_bar', 'doubts_of_forecast', 'doubts', 'forecast_in_words',
+           'rests_on_in_words', 'reasons', 'Asked', 'asked_of', 'parts_of_book', 'others_in_words', 'make_signal',
+           'acted_on']
 
 # %% ../nbs/50_signals.ipynb #cd32809a
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 import numpy as np
 import pandas as pd
+from .calibration import ODD
 from .data import parse_timeframe, to_utc
-from .gate import EVEN, TOUCHED, Reach
+from .gate import COMPARED, EVEN, TOUCHED, Declared, Reach
 from .newest import Prediction
 from .policy import Policy
 from .settings import is_number
@@ -36,7 +38,7 @@ class Signal(TypedDict):
 
 # %% ../nbs/50_signals.ipynb #dfe77d69
 POSITIVE = ('price', 'sigma', 'volatility')
-NUMBERS = ('price', 'direction', 'quantiles', 'volatility', 'regime', 'size', 'sigma', 'confidence')
+NUMBERS = ('price', 'direction', 'quantiles', 'volatility', 'regime', 'score', 'sigma', 'confidence', 'rarity')
 
 def leaves(x) -> list:   # The values inside lists and mappings
     if isinstance(x, dict): x = list(x.values())
@@ -85,12 +87,47 @@ def clock_says(
 # %% ../nbs/50_signals.ipynb #0de8d160
 def levels_of(p: Prediction, terms: Terms) -> tuple[float, float]:
     "Prices below and above that one path in ten reaches before the horizon"
-    usual = p['volatility'][-1] * p['horizons'][-1] ** .5
+    j, h = terms.declared.places[0], terms.declared.horizons[0]
+    usual = p['volatility'][j] * h ** .5
     with np.errstate(over='ignore'): below, above = Reach(**terms.reach).levels(p['price'], usual)
     return float(below), float(above)
 
 WORDS = ('FAIL', 'INCONCLUSIVE', 'PASS')    # From the worst to the best
 ACT_ON = 'INCONCLUSIVE'                     # The worst word that is acted on
+
+def doubts_of_bar(
+    p: Prediction,          # With a bar
+    terms: Terms,
+    now: pd.Timestamp,      # The bot's clock, UTC
+    max_age: MaxAge = MaxAge(),
+    act_on: str = ACT_ON,   # The worst word that is acted on
+) -> list[str]:             # In words; empty if there is none
+    "Why nothing must be done at this bar, whatever the coin: its time, and the model"
+    close, model_age = pd.Timestamp(p['data_time']), pd.Timedelta(max_age.model)
+    said = clock_says(close, parse_timeframe(terms.timeframe), now, max_age)
+    if p['in_sample']:
+        said.append(f'in sample: the model was trained until {terms.trained_until[:16]}, '
+                    'its forecast of an earlier bar knows what came')
+    since = close - pd.Timestamp(terms.data_until)
+    if since > model_age:
+        said.append(f'old model: its data end {since.days} days before this bar, '
+                    f'more than {model_age.days}: train it again')
+    if WORDS.index(terms.verdict) < WORDS.index(act_on):
+        said.append(f'judged {terms.verdict} on data until {terms.data_until[:10]}: nothing below {act_on} is acted on')
+    return said
+
+# %% ../nbs/50_signals.ipynb #2411796f
+def doubts_of_forecast(p: Prediction, terms: Terms) -> list[str]:
+    "Why the forecast of this coin must not be acted on at any time"
+    said = []
+    if p['rarity'] < ODD:
+        said.append(f'unlike anything seen: fewer than {ODD:.0%} of usual bars look as odd as the inputs of this one')
+        said += p['notes']                                   # what is missing may be what is odd
+    below, above = levels_of(p, terms)
+    if not 0 < below < p['price'] < above < np.inf:
+        wild = p['volatility'][terms.declared.places[0]]
+        said.append(f'no room: a volatility of {wild:.2g} a bar leaves no stop-loss and no take-profit')
+    return said
 
 def doubts(
     p: Prediction,
@@ -102,38 +139,31 @@ def doubts(
     "Why this prediction must not be acted on at this time"
     if p['faults'] or p['data_time'] is None: return list(p['faults']) or ['no bar']
     if lost := not_numbers(p): return [f'not a number: {", ".join(lost)} of the forecast']
-    close, model_age = pd.Timestamp(p['data_time']), pd.Timedelta(max_age.model)
-    said = clock_says(close, parse_timeframe(terms.timeframe), now, max_age)
-    if p['in_sample']:
-        said.append(f'in sample: the model was trained until {terms.trained_until[:16]}, '
-                    'its forecast of an earlier bar knows what came')
-    since = close - pd.Timestamp(terms.data_until)
-    if since > model_age:
-        said.append(f'old model: its data end {since.days} days before this bar, '
-                    f'more than {model_age.days}: train it again')
-    below, above = levels_of(p, terms)
-    if not 0 < below < p['price'] < above < np.inf:
-        said.append(f'no room: a volatility of {p["volatility"][-1]:.2g} a bar leaves no stop-loss and no take-profit')
-    if WORDS.index(terms.verdict) < WORDS.index(act_on):
-        said.append(f'judged {terms.verdict} on data until {terms.data_until[:10]}: nothing below {act_on} is acted on')
-    return said
+    return doubts_of_bar(p, terms, now, max_age, act_on) + doubts_of_forecast(p, terms)
 
 # %% ../nbs/50_signals.ipynb #f1b907e2
 SAID = 3    # Inputs, bars and coins that are named
 
-def forecast_in_words(p: Prediction, least: float | None) -> list[str]:   # `least`: confidence asked for
-    h, d, q, v = p['horizons'][-1], p['direction'][-1], p['quantiles'][-1], p['volatility'][-1]
+def forecast_in_words(
+    p: Prediction,
+    book: Declared,          # What was judged
+    least: float | None,     # Confidence asked for
+) -> list[str]:
+    j, h = book.places[0], book.horizons[0]
+    d, q, v = p['direction'][j], p['quantiles'][j], p['volatility'][j]
     low, high = p['quantile_levels'][0], p['quantile_levels'][-1]
     regime = max(p['regime'], key=p['regime'].get)
     asked = f', {least:.2f} asked for' if least is not None else ''
+    above = f'above the median coin {p["relative_up"][j]:.2f}; ' if book.kind == 'relative' else ''
     return [
-        f'over {h} bars up {d["UP"]:.2f}, down {d["DOWN"]:.2f}, sideways {d["SIDEWAYS"]:.2f}; '
+        f'over {h} bars {above}up {d["UP"]:.2f}, down {d["DOWN"]:.2f}, sideways {d["SIDEWAYS"]:.2f}; '
         f'confidence {p["confidence"]:.2f}{asked}',
         f'median move {q[len(q) // 2]:+.2%}, {low:.0%} to {high:.0%} of paths end between {q[0]:+.2%} and {q[-1]:+.2%}',
         f'volatility {v:.2%} a bar, {v / p["sigma"]:.1f} times the recent; regime {regime} ({p["regime"][regime]:.2f})',
         f'{TOUCHED:.0%} of paths reach the stop-loss, and {TOUCHED:.0%} the take-profit, within {h} bars',
     ]
 
+# %% ../nbs/50_signals.ipynb #93aa0f39
 def rests_on_in_words(p: Prediction) -> list[str]:
     def value(i): return 'missing' if i['value'] is None else f'{i["value"]:+.1f}'
     inputs = ', '.join(f'{i["name"]} ({value(i)})' for i in (p['inputs'] or [])[:SAID])
@@ -154,25 +184,44 @@ def reasons(
     count = terms.trials['count']
     judged = (f'the model was judged {terms.verdict} on data until {terms.data_until[:10]} '
               f'after {count} trial{"s" * (count != 1)}')
-    return [*forecast_in_words(p, least), *rests_on_in_words(p), *p['notes'], judged]
+    return [*forecast_in_words(p, terms.declared, least), *rests_on_in_words(p), *p['notes'], judged]
 
 # %% ../nbs/50_signals.ipynb #2090c531
+class Asked(NamedTuple):
+    "What a policy is given of the model's coins"
+    score: np.ndarray         # [N], NaN where there is no prediction
+    sigma: np.ndarray         # [N]
+    beta: np.ndarray          # [N]
+    correlation: np.ndarray   # Expected correlations [N, N], NaN where not known
+
+def asked_of(said: dict[str, Prediction], terms: Terms) -> Asked:
+    "Scores, volatilities, betas and correlations from predictions of one bar"
+    coins = terms.symbols
+    def column(name): return np.array([np.nan if k not in said else said[k][name] for k in coins], float)
+    def row(k): return [(said[k]['correlation'] or {}).get(other, 1. if other == k else None) for other in coins]
+    unknown = [None] * len(coins)
+    correlation = np.array([row(k) if k in said else unknown for k in coins], float)
+    return Asked(column('score'), column('sigma'), column('beta'), correlation)
+
 def parts_of_book(
     said: dict[str, Prediction],        # Symbol to its usable prediction, all of one bar
     terms: Terms,
 ) -> dict[str, float | None]:           # Symbol of the model to its target weight; None: keep what is held
     "Target weights of the judged book, before any adjustment in steps"
-    there = [said.get(k) for k in terms.symbols]
-    def column(value): return np.array([np.nan if p is None else value(p) for p in there], float)
-    size, sigma = column(lambda p: p['size'][-1]), column(lambda p: p['sigma'])
-    policy = Policy(**terms.policy)
-    share = np.isfinite(size).sum() / len(size)
-    w = replace(policy, max_gross=policy.max_gross * max(share, 1 / len(size))).book_weights(size, sigma)
+    asked, policy = asked_of(said, terms), Policy(**terms.policy)
+    share = np.isfinite(asked.score).mean()
+    w = replace(policy, max_gross=policy.max_gross * max(share, 1 / len(terms.symbols))).book_weights(*asked)
     return {k: None if np.isnan(x) else float(x) for k, x in zip(terms.symbols, w)}
 
 # %% ../nbs/50_signals.ipynb #1cfa4d69
 DUST = 1e-4    # A smaller target is none
 
+def others_in_words(w: float) -> str:
+    lean, part = ('down', 'long') if w > 0 else ('up', 'short')
+    return (f'not by its own forecast: the other coins lean {lean} more than this one, so its part of the neutral book '
+            f'is {part}; it belongs to the whole book, and is no signal by itself')
+
+# %% ../nbs/50_signals.ipynb #e5d72f60
 def make_signal(
     p: Prediction,
     terms: Terms,
@@ -187,11 +236,17 @@ def make_signal(
         raise ValueError(f'min_confidence must be between 0 and 1, got {min_confidence}')
     now = pd.Timestamp.now('UTC') if now is None else to_utc([now])[0]
     hold = Signal(symbol=p['symbol'], action='HOLD', position_size=0., target=None, confidence=0., stop_loss=None,
-                  take_profit=None, regime=None, horizon=p['horizons'][-1], data_time=p['data_time'])
+                  take_profit=None, regime=None, horizon=terms.declared.horizons[0], data_time=p['data_time'])
     if found := doubts(p, terms, now, max_age, act_on): return hold | dict(reasoning=found)
     least = terms.threshold if min_confidence is None else min_confidence
     if least is None or p['confidence'] < max(least, EVEN): return None
-    w = parts_of_book((others or {}) | {p['symbol']: p}, terms)[p['symbol']]
+    book = (others or {}) | {p['symbol']: p}
+    if terms.declared.neutral and len(book) < COMPARED:
+        why = f'{len(book)} coins are forecast at this bar: a neutral book needs {COMPARED}'
+        return hold | dict(reasoning=[f'{why}, give the bars of all coins of the model'])
+    w = parts_of_book(book, terms)[p['symbol']]
+    if terms.declared.neutral and abs(w) >= DUST and w * p['score'] <= 0:
+        return hold | dict(reasoning=[others_in_words(w)])
     known = hold | dict(
         target=w,
         position_size=min(abs(w), 1.),
@@ -201,6 +256,7 @@ def make_signal(
     )
     return known if abs(w) < DUST else known | acted_on(p, terms, w)
 
+# %% ../nbs/50_signals.ipynb #356415aa
 def acted_on(p: Prediction, terms: Terms, w: float) -> dict:
     "Action, stop-loss and take-profit of a position"
     below, above = levels_of(p, terms)

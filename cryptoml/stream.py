@@ -195,6 +195,7 @@ class NetworkStream:
     def forecast(
         self,
         future: Tensor,    # [K, n_future]
+        trailing: Tensor,  # [N, N, E] Fisher's z of the correlations just past
         present: Tensor,   # [N] bool
     ) -> dict[str, Tensor]:
         "What `read` gives, a row a coin"
@@ -202,4 +203,6 @@ class NetworkStream:
         for kind, body in self.network.bodies.items():
             seen[kind] = self.tft.forecast(future) if kind == 'tft' else body(self.newest, future, self.static)
         states = self.network.join(seen)[None, None]                          # [1, 1, N, K, d]: one date, one window
-        return self.network.report(seen, *self.network.exchange(states, self.pairs[None], present[None, None]))
+        trailing, present = trailing[None, None], present[None, None]
+        states, looked = self.network.exchange(states, self.pairs[None], present)
+        return self.network.report(seen, states, looked, trailing, present)

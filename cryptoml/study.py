@@ -4,35 +4,40 @@
 
 # %% auto #0
 __all__ = ['SETTLED', 'LONGEST', 'MEMORY', 'GUARDED', 'TAKEN', 'SHOWN', 'LACKING', 'payments', 'funding_at_opens', 'due',
-           'left_out', 'check_question', 'without', 'Study', 'decisions', 'seen', 'Plan', 'trade', 'at_risk',
-           'plans_of', 'placed', 'usual_move', 'positions', 'paths', 'Gate', 'measure_gate', 'guarded', 'fit_all',
-           'reach_rows', 'Test', 'check_names', 'evaluate', 'Terms', 'possible', 'lacking', 'measure_terms',
-           'recipe_of', 'record', 'heads_of', 'Judged', 'judge']
+           'left_out', 'check_question', 'without', 'Study', 'Plan', 'trade', 'at_risk', 'plans_of', 'placed', 'pairs',
+           'usual_move', 'moves', 'positions', 'paths', 'Gate', 'measure_gate', 'guarded', 'reach_rows', 'Evidence',
+           'Test', 'Rival', 'check_names', 'in_table', 'of_the_past', 'followed', 'looked_at', 'evaluate', 'Terms',
+           'is_book', 'possible', 'lacking', 'measure_terms', 'recipe_of', 'record', 'heads_of', 'until_newest',
+           'Judged', 'judge', 'Trained', 'train_and_judge']
 
 # %% ../nbs/42_study.ipynb #da9b4024
-import hashlib, json
+import hashlib, json, threading
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
-from .baselines import (BASELINES, Fitted, Seen, book_scores, fit_baselines, har_inputs, median_coin,
-                                past_class, past_volatility, trend)
-from .boosting import NoTrees, boosting, why_no_trees
+from .baselines import PAST, book_scores
+from .boosting import why_no_trees
+from .calibration import ODD
+from .combined import Combined, Found, decisions, find, refit, seen, step, with_spread
 from .compile import log
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, normalise_symbol, parse_timeframe
-from .forecaster import MIN_TRAIN, Forecaster, Inputs, forecast, importance, make_inputs, split
-from .gate import Positions, Reach, confidence, excursions, measure_reach, pays, threshold
+from .forecaster import (MIN_TRAIN, Forecaster, ForecasterConfig, Inputs, forecast, importance, make_inputs,
+                                 split)
+from .gate import BOOKS, Declared, Positions, Reach, excursions, measure_reach, pays, threshold
 from .ledger import Tried, read_ledger, refuse_second_name
 from .metrics import day_blocks, interval_mean
+from .members import LINES, TASKS, TREES
 from .policy import Policy, risk_scale
-from .settings import is_number
+from .settings import is_number, is_whole
 from .state import StateError, contents
-from .targets import Targets, make_targets, pegged, regime
-from .verdict import TARGETS, Comparison, Verdict, book_rows, comparisons, joint_level, row, verdict
-from .windows import Samples, calendar, grid
+from .targets import HORIZONS, Targets, make_targets, market_centre, pegged, trailing_beta
+from .verdict import OWN, Comparison, Verdict, book_rows, comparisons, joint_level, row, verdict
+from .windows import Samples
 
 # %% ../nbs/42_study.ipynb #b549eb92
 SETTLED = pd.Timedelta('8h')     # Time that a funding rate is for
@@ -112,7 +117,9 @@ class Study:
     inputs: Inputs
     targets: Targets
     parts: dict[str, np.ndarray]    # 'train', 'valid', 'gate' and 'test': bars [T], bool
-    policy: Policy                  # From sizes to weights
+    book: Declared                  # What the word is about
+    policy: Policy                  # Of that book
+    beta: np.ndarray                # Trailing beta to the mean coin [N, T]
     costs: Costs                    # Of every book
     funding: np.ndarray             # Paid by a long at each open [N, T]; NaN for a coin without any rate
     left_out: dict[str, str]        # Symbol of the data that is no coin of this study, to the reason
@@ -123,43 +130,56 @@ class Study:
     @classmethod
     def of(cls,
         panel: Panel,
-        horizons: tuple[int, ...] = (4, 12, 24),   # Bars ahead
+        horizons: tuple[int, ...] = HORIZONS,      # Bars ahead
         round_trip: float = ROUND_TRIP,            # Cost of a round trip, fraction: labels, books, threshold, signals
         extra: pd.DataFrame | None = None,         # A user's own columns
         digest: str = '',                          # Of the data
         borrow: float = BORROW,                    # Yearly rate that a short pays where no funding is known
         question: str = '',                        # What the trial belongs to in the ledger
         refused: dict[str, str] | None = None,     # Symbols that the data could not give, to the reason
+        book: str = 'auto',                        # 'auto', 'relative' or 'timing'
+        long_only: bool = False,                   # A spot account
+        test: str | None = None,                   # Length of the test; None: as `split` has it
         **sources,                                 # As in `make_inputs`
     ) -> 'Study':
         "Labels, purged parts and inputs of a panel; DataError where the history is too short"
         for sentence in why_no_trees(): log.warning(f'{sentence}; without this baseline nothing can PASS')
         targets = make_targets(panel, horizons, round_trip)
-        parts = split(panel, targets)
+        parts = split(panel, targets, test)
         check_question(question, digest, panel.time[parts['test']])
         why = left_out(panel, parts, round_trip)
-        if why:
-            panel = without(panel, why)
-            targets = make_targets(panel, horizons, round_trip)
+        if why: panel, targets = without(panel, why), make_targets(without(panel, why), horizons, round_trip)
+        declared = Declared.of(book, len(panel.symbols), targets.horizons, panel.timeframe, long_only)
         return cls(
             inputs=make_inputs(panel, extra, **sources),
             targets=targets,
             parts=parts,
-            policy=Policy.at(panel.timeframe, memory=MEMORY),
+            book=declared,
+            policy=declared.policy(panel.timeframe, memory=MEMORY),
+            beta=trailing_beta(panel),
             costs=Costs.of(round_trip, borrow),
             funding=funding_at_opens(panel, sources.get('funding')),
             left_out=why | (refused or {}),
-            digest=digest,
-            question=question,
+            digest=digest, question=question,
         )
 
     @property
     def panel(self) -> Panel: return self.inputs.panel
 
     @property
+    def plain(self) -> Policy:
+        "The policy of a book that is not neutral: holding, or following the trend"
+        return replace(self.policy, neutral='none')
+
+    @property
+    def horizon(self) -> int:
+        "Bars ahead that a signal speaks of"
+        return self.book.horizons[0]
+
+    @property
     def overlap(self) -> float:
-        "The longest horizon in days"
-        return self.targets.horizons[-1] * self.panel.timeframe / pd.Timedelta('1D')
+        "The same in days"
+        return self.horizon * self.panel.timeframe / pd.Timedelta('1D')
 
     @property
     def unfunded(self) -> list[str]:
@@ -177,38 +197,21 @@ class Study:
         at = np.flatnonzero(self.parts[part])
         return slice(at[0], at[-1] + 1)
 
+    def until(self, part: str) -> np.ndarray:
+        "All bars up to the last one of a part [T], bool"
+        return np.arange(len(self.panel.time)) < self.bars(part).stop
+
     def decide(self) -> np.ndarray:
         "Bars at whose close a decision is made [T], bool"
         return self.policy.decides(self.panel.bar_number)
 
 # %% ../nbs/42_study.ipynb #c00f7709
-def decisions(study: Study, f: Forecaster, part: str) -> Samples:
-    "The decisions of a part at which the forecaster can say something"
-    ok = f.usable(study.inputs) & study.parts[part]
-    return grid(ok, study.panel.bar_number, study.policy.every, study.policy.every - 1)
-
-def seen(study: Study, f: Forecaster, sample: Samples) -> Seen:
-    "What the baselines see at these decisions, and the labels"
-    panel, targets = study.panel, study.targets
-    close, bar = panel['close'], panel.timeframe
-    own = trend(close, targets.sigma, bar)
-    past = past_class(close, targets.sigma, targets.horizons, study.costs.round_trip)
-    return Seen(
-        x=f.scaler(sample.of(study.inputs.x)),
-        past=sample.of(past),
-        regime=sample.of(regime(panel)),
-        volatility=sample.of(past_volatility(close, targets.horizons, bar)),
-        har=sample.of(har_inputs(close, calendar(panel.time), bar)),
-        trend=np.stack([sample.of(own), sample.of(own - median_coin(own))], -1),
-        labels={k: sample.of(targets[k]) for k in TARGETS},
-    )
-
-# %% ../nbs/42_study.ipynb #bd143697
 @dataclass(frozen=True)
 class Plan:
     "How a book is traded"
     score: np.ndarray                 # Forecast strength at each decision [N, T], NaN where there is none
     policy: Policy                    # With the scale of its scores
+    correlation: np.ndarray | None = None   # Of the coins, forecast at each decision [N, N, T]; None: as the policy has
     below: np.ndarray | None = None   # Price at which a position is closed on its way down [N, T]; None: no stops
     above: np.ndarray | None = None   # And on its way up
 
@@ -229,84 +232,100 @@ def trade(
     )
     return plan.policy.trade(
         cut(plan.score), cut(study.targets.sigma), cut(panel['close']), account, study.decide()[bars],
-        mask=cut(panel.mask), below=cut(plan.below), above=cut(plan.above),
+        beta=cut(study.beta), mask=cut(panel.mask), below=cut(plan.below), above=cut(plan.above),
+        correlation=None if plan.correlation is None else plan.correlation[..., bars],
     )
 
 # %% ../nbs/42_study.ipynb #87a1c5f3
-def at_risk(study: Study, score: np.ndarray) -> Plan:
-    "A plan whose book ran at the volatility it names on the gate part"
-    def book(scale): return trade(study, Plan(score, replace(study.policy, scale=scale, memory=None)), 'gate')
-    return Plan(score, replace(study.policy, scale=risk_scale(book, study.policy.target_annual)))
+def at_risk(study: Study, plan: Plan) -> Plan:
+    "The same with the scale at which its book ran at the volatility it names on the gate part"
+    def book(scale): return trade(study, replace(plan, policy=replace(plan.policy, scale=scale, memory=None)), 'gate')
+    scale = risk_scale(book, plan.policy.target_annual)
+    return replace(plan, policy=replace(plan.policy, scale=scale))
 
-def plans_of(study: Study, scores: dict[str, np.ndarray]) -> dict[str, Plan]:
-    "Plans of the networks' scores [N, T] and of the books without a model, each at the risk it names"
-    plain = book_scores(study.panel['close'], study.targets.sigma, study.panel.timeframe)
-    return {k: at_risk(study, score) for k, score in (scores | plain).items()}
+def plans_of(
+    study: Study,
+    scores: dict[str, np.ndarray],       # Of the models [N, T]
+    correlation: np.ndarray | None = None,   # Of the coins, forecast [N, N, T]
+) -> dict[str, Plan]:
+    "Plans of the models and of the books without one, each at the risk it names"
+    rules = book_scores(study.panel['close'], study.targets.sigma, study.panel.timeframe)
+    policy = dict.fromkeys(scores, study.policy) | {'low volatility': study.policy}
+    plans = {k: Plan(score, policy.get(k, study.plain), correlation) for k, score in (scores | rules).items()}
+    return {k: at_risk(study, plan) for k, plan in plans.items()}
 
 def placed(study: Study, *parts: tuple[Samples, np.ndarray]) -> np.ndarray:
-    "Sizes [S] of some samples as scores [N, T], NaN elsewhere"
-    score = np.full(study.panel.mask.shape, np.nan)
-    for sample, size in parts: score[sample.coin, sample.bar] = size
-    return score
+    "Numbers [S] of some samples as a panel [N, T], NaN elsewhere"
+    panel = np.full(study.panel.mask.shape, np.nan)
+    for sample, values in parts: panel[sample.coin, sample.bar] = values
+    return panel
+
+def pairs(study: Study, *parts: tuple[Samples, np.ndarray]) -> np.ndarray:
+    "Forecast correlations [S, N] of some samples with every coin as panels [N, N, T], NaN elsewhere"
+    N, T = study.panel.mask.shape
+    panels = np.full((N, T, N), np.nan, np.float32)
+    for sample, values in parts: panels[sample.coin, sample.bar] = values
+    return panels.transpose(0, 2, 1)
 
 # %% ../nbs/42_study.ipynb #e40d1605
-def usual_move(fc: dict[str, np.ndarray], horizon: int) -> np.ndarray:
-    "Forecast volatility over the longest horizon, log return [S]"
-    volatility = fc['volatility'][:, -1]
-    return np.exp(volatility[:, volatility.shape[1] // 2]) * np.sqrt(horizon)
+def usual_move(study: Study, fc: dict[str, np.ndarray]) -> np.ndarray:
+    "Forecast volatility over the horizon of the book, log return [S]"
+    volatility = fc['volatility'][:, study.book.places[0]]
+    return np.exp(volatility[:, volatility.shape[1] // 2]) * np.sqrt(study.horizon)
 
-def positions(study: Study, fc: dict[str, np.ndarray], sample: Samples) -> Positions:
-    "The positions that a forecast asks for at the longest horizon"
-    size = fc['size'][:, -1]
-    sure = confidence(fc['direction'][:, -1], size)
-    move = sample.of(study.targets['ret'])[:, -1]
+def moves(study: Study) -> np.ndarray:   # [N, T]
+    "Log return over the horizon of the book; of a relative book that of the mean coin taken out"
+    ret = study.targets['ret'][..., study.book.places[0]]
+    return ret if study.book.kind == 'timing' else ret - market_centre(ret[..., None])[0][:, 0]
+
+def positions(
+    study: Study,
+    book: Declared,
+    fc: dict[str, np.ndarray],
+    sample: Samples,
+    odd=False,                    # Where nothing is done, for the inputs are unlike anything seen [S], bool
+) -> Positions:
+    "The positions that a forecast asks for"
     day = day_blocks(study.panel.time)[sample.bar]
-    return Positions(sure, np.sign(size), move, day, study.costs.round_trip, study.overlap)
+    sides = np.where(odd, 0, np.sign(book.lean(fc)))
+    return Positions(book.confidence(fc), sides, sample.of(moves(study)), day, study.costs.round_trip, study.overlap)
 
 def paths(study: Study, sample: Samples) -> tuple[np.ndarray, np.ndarray]:
-    "How far the price went down and up before the longest horizon, log [S] each"
+    "How far the price went down and up before the horizon of the book, log [S] each"
     panel = study.panel
-    down, up = excursions(panel['open'], panel['high'], panel['low'], study.targets.horizons[-1])
+    down, up = excursions(panel['open'], panel['high'], panel['low'], study.horizon)
     return sample.of(down), sample.of(up)
 
 # %% ../nbs/42_study.ipynb #b4f95ba3
 class Gate(NamedTuple):
     "What was measured on the gate part, before the test"
+    book: Declared             # With the usual size of its forecasts
     threshold: float | None    # Confidence from which on positions paid
     reach: Reach               # How far paths went
 
-def measure_gate(study: Study, fc: dict[str, np.ndarray], sample: Samples) -> Gate:
-    "Threshold and reach of a forecast on the gate part"
-    reach = measure_reach(*paths(study, sample), usual_move(fc, study.targets.horizons[-1]))
+def measure_gate(study: Study, fc: dict[str, np.ndarray], sample: Samples, odd=False) -> Gate:
+    "Threshold and reach of a forecast on the gate part; `odd` as in `positions`"
+    reach = measure_reach(*paths(study, sample), usual_move(study, fc))
     if reach is None: raise DataError('no price path of the gate part is whole: give more history')
-    return Gate(threshold(positions(study, fc, sample)), reach)
+    book = study.book.measured(fc)
+    return Gate(book, threshold(positions(study, book, fc, sample, odd)), reach)
 
 def guarded(
     study: Study,
-    plan: Plan,                   # Of the network
+    plan: Plan,                   # Of the judged forecast
     gate: Gate,
     fc: dict[str, np.ndarray],    # Of the test samples
     sample: Samples,              # [S]
 ) -> dict[str, Plan]:             # By name
-    "The network's book behind its threshold, and with its stops"
-    sure = confidence(fc['direction'][:, -1], fc['size'][:, -1])
+    "The declared book behind its threshold, and with its stops"
     price = sample.of(study.panel['close'])
-    below, above = gate.reach.levels(price, usual_move(fc, study.targets.horizons[-1]))
+    below, above = gate.reach.levels(price, usual_move(study, fc))
     stops = dict(below=placed(study, (sample, below)), above=placed(study, (sample, above)))
-    plans = {'network with stops': replace(plan, **stops)}
+    plans = {f'{OWN} with stops': replace(plan, **stops)}
     if gate.threshold is None: return plans
-    certain = placed(study, (sample, np.where(sure >= gate.threshold, fc['size'][:, -1], np.nan)))
-    return {'network when sure': replace(plan, score=certain)} | plans
-
-# %% ../nbs/42_study.ipynb #8f790f65
-def fit_all(
-    train: Seen,                           # Training samples with their labels
-    valid: Seen,                           # Likewise of validation
-) -> tuple[dict[str, Fitted], list[str]]:  # Forecasts by name, and a sentence on each baseline that is absent
-    "Every baseline of a report"
-    fitted = fit_baselines(train, valid)
-    try: return fitted | dict(boosting=boosting(train, valid)), []
-    except NoTrees as e: return fitted, [str(e)]
+    sure = gate.book.confidence(fc) >= gate.threshold
+    certain = placed(study, (sample, np.where(sure, sample.of(plan.score), np.nan)))
+    return {f'{OWN} when sure': replace(plan, score=certain)} | plans
 
 # %% ../nbs/42_study.ipynb #af744a35
 def reach_rows(
@@ -319,43 +338,72 @@ def reach_rows(
     def share(way, x):
         there = np.isfinite(x)
         figure = interval_mean(x[there], day[there], overlap=overlap)
-        return row('reach', horizon, 'network', f'touched {way}', figure, there.sum())
+        return row('reach', horizon, OWN, f'touched {way}', figure, there.sum())
     return [share(way, x) for way, x in touched.items()]
 
 # %% ../nbs/42_study.ipynb #4b3ff8e4
 @dataclass
-class Test:
-    "A forecaster on the bars it was not trained on, beside baselines and other networks"
-    comparisons: list[Comparison]
+class Evidence:
+    "Forecasts and books over days that nobody had fitted"
+    book: Declared                     # What the word is about
+    horizons: tuple[int, ...]          # Of the forecasts, bars
+    timeframe: pd.Timedelta
+    levels: tuple[float, ...]          # Of the quantiles of volatility
+    labels: dict[str, np.ndarray]      # Target to what came [S, H]
+    said: dict[str, dict[str, np.ndarray]]   # Model to its forecasts by target [S, H, ...]; 'ensemble' is judged
     day: np.ndarray                    # Day of each sample [S]
-    plans: dict[str, Plan]             # How each book is traded
-    books: dict[str, Book]             # 'network', its guarded books, the other networks, the books without a model
-    gate: Gate                         # Of the network, from before the test
-    threshold: float | None            # That of the gate, where the test confirmed it
+    time: np.ndarray                   # Close of each sample's bar, microseconds since 1970 [S]
+    coin: np.ndarray                   # Symbol of each sample [S]
+    regime: np.ndarray                 # Regime at each sample [S], -1 unknown
+    risk: np.ndarray                   # Log volatility and beta of each coin in the recent past [S, 2]
+    books: dict[str, Book]             # 'ensemble', its guarded books, other networks, the books without a model
     touched: dict[str, np.ndarray]     # 'down', 'up': whether the price reached the level of the gate [S], NaN unknown
-    declared: str                      # The book that the word is about, in words
-    horizon: int                       # Its horizon, bars
-    overlap: float                     # The same in days
-    forecast: dict[str, np.ndarray]    # What `forecast` gives of the network, for the test samples
-    sample: Samples                    # [S]
-    absent: list[str]                  # A sentence on each baseline that could not be fitted here
+    absent: list[str]                  # A sentence on each member that could not be had here
+    simulated: bool = False            # Whether the market is one that was made up
+
+    @property
+    def overlap(self) -> float: return self.book.horizons[0] * self.timeframe / pd.Timedelta('1D')   # days
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        "Every target at every horizon, by all who speak of it"
+        return comparisons(self.horizons, self.labels, self.said, self.timeframe, self.levels, self.time, self.risk)
 
     def rows(self) -> list[dict]:
         "The whole table"
-        level = joint_level(sum(len(c.forecasts) - 1 for c in self.comparisons) + len(self.books) - 1)
-        scores = [r for c in self.comparisons for r in c.rows(self.day, level)]
-        reached = reach_rows(self.horizon, self.touched, self.day, self.overlap)
-        return scores + reached + book_rows('size', self.horizon, self.books, level)
+        compared, horizon = self.comparisons, self.book.horizons[0]
+        level = joint_level(sum(len(c.forecasts) - 1 for c in compared) + len(self.books) - 1)
+        scores = [r for c in compared for r in c.rows(self.day, level)]
+        reached = reach_rows(horizon, self.touched, self.day, self.overlap)
+        return scores + reached + book_rows('book', horizon, self.books, level)
 
     def verdict(self, tried: Tried) -> Verdict:
-        "The word about the declared book: the network's size at the longest horizon against cash and hold"
-        held = {'volatility-targeted hold': self.books['hold']}
-        faults = [*tried.faults, *self.absent]
-        return verdict(self.declared, self.books['network'], held, tried._replace(faults=faults))
+        "The word about the declared book, against cash and its rival"
+        name = self.book.rival
+        rival = {'volatility-targeted hold' if name == 'hold' else name: self.books[name]}
+        declared = f'{self.book}' + ' on a SIMULATED market' * self.simulated
+        return verdict(declared, self.books[OWN], rival, tried._replace(faults=[*tried.faults, *self.absent]))
+
+# %% ../nbs/42_study.ipynb #73fd5600
+@dataclass
+class Test(Evidence):
+    "One look at the test of a study"
+    _: KW_ONLY
+    plans: dict[str, Plan]             # How each book is traded
+    gate: Gate                         # From before the test
+    threshold: float | None            # That of the gate, where the test confirmed it
+    forecast: dict[str, np.ndarray]    # What was judged, of the test samples
+    sample: Samples                    # [S]
+    odd: np.ndarray                    # Where it abstained, for the inputs are unlike anything seen [S], bool
 
 # %% ../nbs/42_study.ipynb #008f490d
-GUARDED = ('network when sure', 'network with stops')
-TAKEN = {'network', *GUARDED, 'hold', 'low volatility', 'boosting', *BASELINES}
+class Rival(NamedTuple):
+    "Another network, as the recipe fits one"
+    found: Forecaster    # Fitted to training, stopped by validation
+    again: Forecaster    # Fitted to everything before the test
+
+GUARDED = (f'{OWN} when sure', f'{OWN} with stops')
+TAKEN = {OWN, *GUARDED, 'network', 'hold', *LINES, *TREES, *PAST}
 
 def check_names(others: dict):
     "ValueError where another forecaster has a name of the report"
@@ -363,43 +411,69 @@ def check_names(others: dict):
         raise ValueError(f'another forecaster cannot be called {", ".join(taken)}: the report has that name already')
 
 # %% ../nbs/42_study.ipynb #d9356ae0
-def evaluate(
-    f: Forecaster,
-    study: Study,
-    others: dict[str, Forecaster] | None = None,   # Name to another forecaster trained on the same inputs
-) -> Test:                                         # Everything a report needs
-    "Forecast the test span once and set it beside baselines and other networks"
-    check_names(others or {})
-    study = replace(study, inputs=f.pick(study.inputs))
-    part = {k: decisions(study, f, k) for k in study.parts}
-    gate_part, test = part['gate'], part['test']
-    fitted, absent = fit_all(seen(study, f, part['train']), seen(study, f, part['valid']))
-    networks = dict(network=f) | (others or {})
-    def say(g, sample): return forecast(g, study.inputs, study.targets.sigma, sample)
-    before, forecasts = ({k: say(g, sample) for k, g in networks.items()} for sample in (gate_part, test))
-    here = seen(study, f, test)
-    said = forecasts | {k: fit(here) for k, fit in fitted.items()}
+def in_table(c: Combined, said: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    "What members say of the targets of a table; of volatility all quantiles, and the mean"
+    spoken = {name: with_spread(f, c.blend.spread.get(name)) for name, f in said.items()}
+    return {name: {k: f[k] for k in (*TASKS, 'mean_volatility') if k in f} for name, f in spoken.items()}
 
-    gate, own = measure_gate(study, before['network'], gate_part), forecasts['network']
-    def sizes(k): return (gate_part, before[k]['size'][:, -1]), (test, forecasts[k]['size'][:, -1])
-    plans = plans_of(study, {k: placed(study, *sizes(k)) for k in networks})
-    plans |= guarded(study, plans['network'], gate, own, test)
-    confirmed = gate.threshold is not None and pays(positions(study, own, test), gate.threshold)
-    horizons = study.targets.horizons
+def of_the_past(study: Study, c: Combined, here) -> dict[str, dict[str, np.ndarray]]:
+    "Persistence and momentum, fitted to everything before the test"
+    sample = decisions(c.first, study.inputs, study.until('gate'))
+    before = seen(c.first, study.inputs, study.targets.sigma, sample, study.targets)
+    return {name: fit(before)(here) for name, fit in PAST.items()}
+
+# %% ../nbs/42_study.ipynb #3c515ed0
+def followed(
+    study: Study,
+    *parts: tuple[Samples, dict[str, np.ndarray], np.ndarray],   # Decisions of gate and test, what is forecast there,
+) -> np.ndarray:                                                 # and where it abstains [S]; scores [N, T]
+    "What a forecast asks for, each horizon by its usual size in the gate part; NaN where it abstains"
+    book = study.book.measured(parts[0][1])
+    return placed(study, *((sample, np.where(odd, np.nan, book.score(fc))) for sample, fc, odd in parts))
+
+def looked_at(study: Study, sample: Samples, sigma: np.ndarray) -> dict:
+    "Day, close, coin, and recent volatility and beta of samples"
+    close = (study.panel.time + study.panel.timeframe).as_unit('us').asi8
+    return dict(
+        day=day_blocks(study.panel.time)[sample.bar],
+        time=close[sample.bar],
+        coin=np.array(study.panel.symbols)[sample.coin],
+        risk=np.stack([np.log(sample.of(sigma)), sample.of(study.beta)], 1),
+    )
+
+# %% ../nbs/42_study.ipynb #4ba87a07
+def evaluate(
+    found: Combined,     # Fitted to training, for the gate part
+    model: Combined,     # The same recipe, fitted to everything before the test
+    study: Study,
+    others: dict[str, Rival] | None = None,   # Other networks by name
+    absent: list[str] = (),                   # A sentence on each member that could not be had here
+) -> Test:                                    # Everything a report needs
+    "Forecast the test span once and set it beside members, baselines and other networks"
+    others = others or {}
+    check_names(others)
+    study, sigma = replace(study, inputs=model.pick(study.inputs)), study.targets.sigma
+    gate_part, test = (decisions(model.first, study.inputs, study.parts[k]) for k in ('gate', 'test'))
+    before, odd_before = found.forecast(study.inputs, sigma, gate_part), found.rarity(study.inputs, gate_part) < ODD
+    members, odd = model.say(study.inputs, sigma, test), model.rarity(study.inputs, test) < ODD
+    own, gate = model.blend(members), measure_gate(study, before, gate_part, odd_before)
+    here = seen(model.first, study.inputs, sigma, test, study.targets)
+    def by(network, sample): return forecast(network, study.inputs, sigma, sample)
+    early = {k: by(r.found, gate_part) for k, r in others.items()}
+    rivals = {k: by(r.again, test) for k, r in others.items()}
+    said = in_table(model, {OWN: own} | members | rivals) | of_the_past(study, model, here)
+    scores = {OWN: followed(study, (gate_part, before, odd_before), (test, own, odd))}
+    scores |= {k: followed(study, (gate_part, early[k], False), (test, fc, False)) for k, fc in rivals.items()}
+    plans = plans_of(study, scores, pairs(study, (gate_part, before['correlation']), (test, own['correlation'])))
+    plans |= guarded(study, plans[OWN], gate, own, test)
+    confirmed = gate.threshold is not None and pays(positions(study, gate.book, own, test, odd), gate.threshold)
     return Test(
-        comparisons=comparisons(horizons, here.labels, said, study.panel.timeframe),
-        day=day_blocks(study.panel.time)[test.bar],
-        plans=plans,
+        book=gate.book, horizons=study.targets.horizons, timeframe=study.panel.timeframe, levels=model.levels,
+        labels=here.labels, said=said, regime=here.regime, **looked_at(study, test, sigma),
         books={k: trade(study, plan, 'test') for k, plan in plans.items()},
-        gate=gate,
-        threshold=gate.threshold if confirmed else None,
-        touched=gate.reach.touched(*paths(study, test), usual_move(own, horizons[-1])),
-        declared=f'position size at {horizons[-1]} bars' + ' on a SIMULATED market' * study.simulated,
-        horizon=horizons[-1],
-        overlap=study.overlap,
-        forecast=own,
-        sample=test,
-        absent=absent,
+        touched=gate.reach.touched(*paths(study, test), usual_move(study, own)),
+        absent=list(absent), simulated=study.simulated,
+        plans=plans, gate=gate, threshold=gate.threshold if confirmed else None, forecast=own, sample=test, odd=odd,
     )
 
 # %% ../nbs/42_study.ipynb #c636a3cd
@@ -408,19 +482,25 @@ class Terms:
     "What is known of a trained model beside its weights"
     symbols: list[str]              # Coins it was trained on and judged with
     timeframe: str                  # Length of a bar, such as 1h
-    trained_until: str              # Time at which the last label of training and validation was known
-    data_until: str                 # Close of the last bar of its test
+    trained_until: str              # Time at which the last label that its weights have seen was known
+    data_until: str                 # Close of the last bar of its test: what it was judged on
     round_trip: float               # Cost of a round trip it was trained and judged with, fraction
     threshold: float | None         # Smallest confidence that paid before the test and on it; None: none did
     reach: dict                     # How far one path in ten goes: 'down', 'up', in usual moves of the forecast
     importance: dict                # Inputs it rests on most: name to nats
     verdict: str                    # PASS, INCONCLUSIVE or FAIL on the test span
     trials: dict                    # Of the ledger: 'count', 'effective', 'place', 'head'
+    book: dict                      # Arguments of Declared
     policy: dict = field(default_factory=dict)   # Arguments of Policy
     sources: list[str] = field(default_factory=list)   # Inputs besides bars that it was trained with
     absent: dict = field(default_factory=dict)   # Coin to the inputs that it did not have in training
     left_out: dict = field(default_factory=dict) # Symbol of its data that is no coin of it, to the reason
     data: dict = field(default_factory=dict)     # Digest, span and symbols of its data
+
+    @property
+    def declared(self) -> Declared:
+        "The book that was judged"
+        return Declared(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.book.items()})
 
     @classmethod
     def read(cls, about: dict) -> 'Terms':
@@ -436,8 +516,15 @@ class Terms:
                              'train it again, with the train job or UltimateTradingAI') from e
 
 # %% ../nbs/42_study.ipynb #0ad2aa30
+def is_book(book: Declared) -> bool:
+    "Whether these are the arguments of a book that can have been declared"
+    same_length = len(book.places) == len(book.horizons) == len(book.usual) > 0
+    whole = all(is_whole(j) for j in book.places) and all(is_whole(h, 1) for h in book.horizons)
+    sized = all(is_number(u) and u > 0 for u in book.usual)
+    return book.kind in BOOKS[1:] and isinstance(book.long_only, bool) and same_length and whole and sized
+
 def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one that a training can have written
-    policy = Policy(**t.policy)
+    policy, book = Policy(**t.policy), t.declared
     trained, ends = pd.Timestamp(t.trained_until), pd.Timestamp(t.data_until)
     floats = [v for v in vars(policy).values() if isinstance(v, float)]
     bounded = policy.max_weight <= 1 and policy.target_annual <= 2 and policy.bars_per_year > 0 and policy.scale <= 100
@@ -452,18 +539,20 @@ def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one
         importance=isinstance(t.importance, dict) and all(map(is_number, t.importance.values())),
         verdict=t.verdict in ('PASS', 'INCONCLUSIVE', 'FAIL'),
         trials=set(t.trials) == {'count', 'effective', 'place', 'head'} and is_number(t.trials['effective']),
+        book=is_book(book),
         sources=isinstance(t.sources, list),
         absent=isinstance(t.absent, dict) and all(isinstance(v, list) for v in t.absent.values()),
         left_out=isinstance(t.left_out, dict),
         data=isinstance(t.data, dict),
-        policy=all(map(is_number, floats)) and bounded,
+        policy=all(map(is_number, floats)) and bounded and (policy.neutral != 'none') == book.neutral
+               and policy.long_only == book.long_only,
     )
 
 # %% ../nbs/42_study.ipynb #aadfa253
 SHOWN = 8       # Inputs that the terms name as important
 LACKING = .5    # Share of a coin's training bars without an input, above which the coin does not have it
 
-def lacking(f: Forecaster, study: Study) -> dict[str, list[str]]:   # Coin to inputs
+def lacking(f: Combined, study: Study) -> dict[str, list[str]]:   # Coin to inputs
     "What each coin did not have in training"
     x = f.pick(study.inputs).x
     rows = study.panel.mask & (study.parts['train'] | study.parts['valid'])
@@ -473,7 +562,7 @@ def lacking(f: Forecaster, study: Study) -> dict[str, list[str]]:   # Coin to in
 
 # %% ../nbs/42_study.ipynb #061b2d69
 def measure_terms(
-    f: Forecaster,
+    f: Combined,                    # What was judged
     study: Study,
     test: Test,
     verdict: Verdict,
@@ -481,10 +570,9 @@ def measure_terms(
 ) -> tuple[Terms, pd.Series]:       # The terms, and the importance of every input in nats
     "What signals need to know of a trained model"
     panel, parts = study.panel, study.parts
-    sample = decisions(study, f, 'valid')
-    if not len(sample): raise DataError('no usable validation sample to measure the inputs on: give more history')
-    rests_on = importance(f, study.inputs, study.targets, sample, most)
-    trained = study.targets.known[parts['train'] | parts['valid']]
+    sample = decisions(f.first, study.inputs, parts['test'])
+    rests_on = importance(f.first, study.inputs, study.targets, sample, most)
+    trained = study.targets.known[study.until('gate')]
     return Terms(
         symbols=panel.symbols,
         timeframe=f'{panel.timeframe // pd.Timedelta("1min")}m',
@@ -496,7 +584,8 @@ def measure_terms(
         importance={k: float(v) for k, v in rests_on.head(SHOWN).items() if v > 0},
         verdict=verdict.word,
         trials=dict(count=verdict.trials, effective=verdict.effective, place=verdict.place, head=verdict.head),
-        policy=asdict(test.plans['network'].policy),
+        book=test.gate.book.plain(),
+        policy=asdict(test.plans[OWN].policy),
         sources=[family for family in f.families if family == 'extra'],
         absent=lacking(f, study),
         left_out=study.left_out,
@@ -504,24 +593,24 @@ def measure_terms(
     ), rests_on
 
 # %% ../nbs/42_study.ipynb #9b417a1c
-def recipe_of(f: Forecaster, study: Study) -> str:
+def recipe_of(f: Combined | Forecaster, study: Study) -> str:
     "Digest of what was chosen about a training: settings, inputs, policy and costs, not the seed and not the data"
     settings = asdict(f.config)
     settings.pop('seed')
-    chosen = [settings, f.names, asdict(study.policy), asdict(study.costs)]
+    chosen = [settings, f.names, asdict(study.book), asdict(study.policy), asdict(study.costs)]
     return hashlib.sha256(json.dumps(chosen, default=str).encode()).hexdigest()
 
 def record(
     study: Study,
-    networks: dict[str, Forecaster],   # By name, with a book in the test
+    models: dict[str, Combined | Forecaster],   # By name, with a book in the test
     test: Test,
     heads: list[str],                  # Of the ledger, as former models carry them
 ) -> Tried:                            # What the ledger says of the judged one
-    "Append the trial of every network, and count"
-    data = study.digest or test.books['network'].data
-    for name, g in networks.items():
+    "Append the trial of everything that was traded, and count"
+    data = study.digest or test.books[OWN].data
+    for name, g in models.items():
         append_trial(test.books[name], recipe_of(g, study), data, g.config.seed, name, study.question, 'train')
-    return read_ledger(heads=heads).tried(*test.books['network'].daily(), study.question)
+    return read_ledger(heads=heads).tried(*test.books[OWN].daily(), study.question)
 
 # %% ../nbs/42_study.ipynb #2cdec649
 def heads_of(root) -> list[str]:
@@ -531,22 +620,62 @@ def heads_of(root) -> list[str]:
         with suppress(KeyError, TypeError): heads.append(content['about']['terms']['trials']['head'])
     return heads
 
+def until_newest(terms: Terms, study: Study) -> Terms:
+    "Terms of weights that were refit to the newest bar of the same data"
+    return replace(terms, trained_until=(study.panel.time[-1] + study.panel.timeframe).isoformat())
+
 class Judged(NamedTuple):
-    "What was found out about a forecaster"
+    "What was found out about a forecast"
     test: Test
     verdict: Verdict
-    terms: Terms
+    terms: Terms            # Of the weights that were judged
     importance: pd.Series   # Of every input, nats, largest first
 
 def judge(
-    f: Forecaster,
+    found: Combined,                          # Fitted to training, for the gate part
+    model: Combined,                          # The same recipe, fitted to everything before the test
     study: Study,
-    others: dict[str, Forecaster] | None = None,   # Other forecasters to set beside it
-    most: int = 128,                               # Samples that the importance of the inputs is measured on
-    heads: list[str] = (),                         # Heads of the ledger that must be in it
+    others: dict[str, Rival] | None = None,   # Other networks to set beside it
+    most: int = 128,                          # Samples that the importance of the inputs is measured on
+    heads: list[str] = (),                    # Heads of the ledger that must be in it
+    absent: list[str] = (),                   # A sentence on each member that could not be had here
 ) -> Judged:
     "One look at the test span, the word about it, and the terms for signals"
-    test = evaluate(f, study, others)
-    word = test.verdict(record(study, dict(network=f) | (others or {}), test, heads))
-    terms, rests_on = measure_terms(f, study, test, word, most)
+    test = evaluate(found, model, study, others, absent)
+    traded = {OWN: model} | {k: r.again for k, r in (others or {}).items()}
+    word = test.verdict(record(study, traded, test, heads))
+    terms, rests_on = measure_terms(model, study, test, word, most)
     return Judged(test, word, terms, rests_on)
+
+# %% ../nbs/42_study.ipynb #e0e58b94
+class Trained(NamedTuple):
+    "A model, and how it was come by"
+    model: Combined       # What is shipped
+    terms: Terms          # Of these weights
+    found: Found
+    judged: Judged
+
+def train_and_judge(
+    study: Study,
+    config: ForecasterConfig,
+    out,                                   # Folder of checkpoints and histories; an interrupted run in it goes on
+    device: str = 'auto',
+    stop: threading.Event | None = None,   # Once set, training gives up after its batch
+    heads: list[str] = (),                 # Heads of the ledger that must be in it
+    others: dict[str, Rival] | None = None,   # Other networks to set beside it
+    most: int = 128,                       # Samples that the importance of the inputs is measured on
+    fresh: bool = True,                    # Ship weights that are refit to the newest bar
+) -> Trained:
+    "The recipe, judged on the test and fitted to the newest bar"
+    out, what = Path(out), (study.inputs, study.targets)
+    def again(rows, newest, name, **k): return refit(found, *what, rows, newest, out/name, device, stop, **k)
+    found = find(*what, study.parts, config, out, device, stop)
+    print('once more, to everything before the test', flush=True)
+    model = again(study.until('gate'), study.parts['gate'], 'judged', everyone=True)
+    with step('the test'): judged = judge(found.model, model, study, others, most, heads, found.absent)
+    print(judged.verdict, flush=True)
+    if not fresh: return Trained(model, judged.terms, found, judged)
+    print('once more, to the newest bar', flush=True)
+    everything = np.ones(len(study.panel.time), bool)
+    shipped = again(everything, study.parts['test'], 'shipped')
+    return Trained(shipped, until_newest(judged.terms, study), found, judged)

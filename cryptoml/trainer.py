@@ -77,6 +77,7 @@ class TrainConfig:
     average: float = 0.         # Decay a step of the running mean that is validated and kept; 0: the weights themselves
     seed: int = 0               # Of batches and dropout
     amp: bool = False           # bfloat16 in the forward pass, on CUDA only
+    rates: tuple[float, ...] = ()   # Learning rate of each epoch, as a former run had it: nothing is validated then
 
     def __post_init__(self):
         rules = [
@@ -86,6 +87,7 @@ class TrainConfig:
             ('patience', self.patience > 0, 'above 0'),
             ('average', 0 <= self.average < 1, 'in [0, 1)'),
             ('lr_factor', 0 < self.lr_factor < 1, 'between 0 and 1'),
+            ('rates', not self.rates or len(self.rates) == self.epochs, f'one for each of {self.epochs} epochs'),
         ]
         for name, holds, rule in rules:
             if not holds: raise TrainerError(f'{name} must be {rule}, got {getattr(self, name)}')
@@ -101,7 +103,7 @@ def adamw(
     def rate(name): return next((r for start, r in rates.items() if name.startswith(start)), 1.)
     rated = [(rate(name), p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
-    for r in sorted({r for r, _ in rated}, reverse=True):
+    for r in sorted({r for r, _ in rated}, key=lambda r: (r != 1, -r)):   # the rate that history shows comes first
         matrices = [p for q, p in rated if q == r and p.ndim >= 2]
         others = [p for q, p in rated if q == r and p.ndim < 2]
         groups.append(dict(params=matrices, lr=r * lr, weight_decay=weight_decay))
@@ -261,7 +263,8 @@ class _State:
         if 'columns' not in c:
             raise TrainerError(f'{self.root.parent} holds a run of an earlier version: use another folder')
         self.history = _rows(tensors['history'], c['columns'])
-        _same_run(self.root, c['config'], asdict(self.config), tensors['model'], self.model.state_dict(),
+        there = {k: tuple(v) if isinstance(v, list) else v for k, v in c['config'].items()}   # JSON has lists
+        _same_run(self.root, there, asdict(self.config), tensors['model'], self.model.state_dict(),
                   len(self.history))
         self.model.load_state_dict(tensors['model'])
         if self.mean: self.mean.load_state_dict(tensors['mean'])
@@ -282,31 +285,41 @@ class _Training(_State):
         epochs = len(self.history)
         return epochs >= self.config.epochs or epochs - self.best_epoch >= self.config.patience
 
+    def rate(self, epoch: int) -> float:
+        "The learning rate of an epoch, set first where it is prescribed"
+        first = self.optimizer.param_groups[0]
+        if self.config.rates:
+            change = self.config.rates[epoch - 1] / first['lr']
+            for group in self.optimizer.param_groups: group['lr'] *= change
+        return first['lr']
+
     def add(self, row: dict):
         "A row of history: is it the best epoch, must the learning rate fall"
         self.history.append(row)
-        if row['valid_loss'] < self.best_loss:
-            self.best_loss = row['valid_loss']
+        again = bool(self.config.rates)                       # without validation the newest epoch is kept
+        if again or row['valid_loss'] < self.best_loss:
+            self.best_loss = row.get('valid_loss', math.inf)
             self.best_epoch = row['epoch']
             self.best = {k: v.detach().clone() for k, v in self.kept.state_dict().items()}
-        self.plateau.step(row['valid_loss'])
+        if not again: self.plateau.step(row['valid_loss'])
 
-    def epoch(self, batches: Callable, loss: Callable, validate: Callable):
+    def epoch(self, batches: Callable, loss: Callable, validate: Callable | None):
         "Train, validate, save and report one epoch; the callables are those of `UltimateTrainer.fit`"
         start = time.perf_counter()
         c, model = self.config, self.model
         epoch = len(self.history) + 1
-        lr = self.optimizer.param_groups[0]['lr']
+        lr = self.rate(epoch)
         torch.manual_seed(epoch_seed(c.seed, epoch, 'noise'))
         order = torch.Generator().manual_seed(epoch_seed(c.seed, epoch, 'batches'))
         bar = tqdm(batches(epoch, order), desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
         amp = c.amp and next(model.parameters()).is_cuda
         train = train_epoch(model, bar, loss, self.optimizer, c.clip, amp, self.mean and self.mean.update_parameters)
-        valid = _numbers(validate, self.kept.eval())
+        valid = _numbers(validate, self.kept.eval()) if validate else {}
         end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)
         self.add(_row(epoch, train, valid, end))
         self.save()
-        print(_line(self.history[-1]) + '  best' * (self.best_epoch == epoch), flush=True)
+        best = self.best_epoch == epoch and validate is not None
+        print(_line(self.history[-1]) + '  best' * best, flush=True)
 
 # %% ../nbs/30_trainer.ipynb #6dc8a195
 def _numbers(validate, model) -> dict[str, float]:
@@ -322,7 +335,8 @@ def _row(epoch: int, train: dict, valid: dict, end: dict) -> dict:
 
 def _line(row: dict) -> str:
     "What is printed of it"
-    losses = f"train {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}"
+    losses = f"train {row['train_loss']:.4f}"
+    if 'valid_loss' in row: losses += f"  valid {row['valid_loss']:.4f}"
     return f"epoch {row['epoch']:3d}  {losses}  lr {row['lr']:.1e}  {row['seconds']:.1f} s"
 
 # %% ../nbs/30_trainer.ipynb #eaa24623
@@ -344,9 +358,11 @@ class UltimateTrainer:
         self,
         batches: Callable[[int, torch.Generator], Iterable],  # Epoch (from 1) and a CPU generator to its batches
         loss: Callable,      # (model, batch) to a scalar tensor, or to (scalar tensor, dict of numbers)
-        validate: Callable[[nn.Module], dict],                # Model to numbers, 'loss' among them
+        validate: Callable[[nn.Module], dict] | None = None,  # Model to numbers, 'loss' among them; None with `rates`
     ) -> pd.DataFrame:                                        # A row an epoch
         "Train until epochs or patience are used up; leaves the best epoch's weights, in evaluation mode"
+        if (validate is None) != bool(self.config.rates):
+            raise TrainerError('a training is validated, or has the rates of a former one: give validate or rates')
         history = self.out/'history.jsonl'
         gpus = [self.device] if self.device.type == 'cuda' else []
         with lock(self.out, wait=2, name='TRAINING'), torch.random.fork_rng(gpus):

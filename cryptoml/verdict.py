@@ -37,7 +37,7 @@ def row(
     return dict(target=target, horizon=int(horizon), model=model, metric=metric, over=over,
                 value=known(value), lo=known(lo), hi=known(hi), n=int(n))
 
-OWN = 'network'    # Name of the forecast that is judged, where no other is said
+OWN = 'ensemble'    # Name of the forecast that is judged, where no other is said
 
 def gain_rows(
     target: str,
@@ -439,7 +439,10 @@ def comparisons(
         said = {name: f[target][:, j] for name, f in forecasts.items() if target in f}
         c = Comparison(target, h, TARGETS[target], labels[target][:, j], said, h * bar, time=time, remove=remove)
         if target != 'volatility': return c
-        middle = {name: q[:, q.shape[1] // 2] for name, q in said.items()}
+        def mean(name, q):
+            own = forecasts[name].get('mean_volatility')
+            return q[:, q.shape[1] // 2] if own is None else own[:, j]
+        middle = {name: mean(name, q) for name, q in said.items()}
         whole = {name: q for name, q in said.items() if levels and q.shape[1] == len(levels)}
         return replace(c, forecasts=middle, quantiles=whole, levels=tuple(levels))
     out = []

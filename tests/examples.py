@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from cryptoml.backtest import ROUND_TRIP
 from cryptoml.baselines import N_CLASSES, Seen
+from cryptoml.forecaster import ForecasterConfig, begin
+from cryptoml.gate import Declared
 from cryptoml.policy import Policy
-from cryptoml.study import Terms
+from cryptoml.study import Study, Terms
 
 TERMS = Terms(
     symbols=['BTC/USDT', 'ETH/USDT'],
@@ -20,6 +22,7 @@ TERMS = Terms(
     importance=dict(rsi_14=.01),
     verdict='INCONCLUSIVE',
     trials=dict(count=3, effective=2.4, place='ledger.jsonl', head=''),
+    book=Declared.of('timing', 2, (4, 24), '1h').plain(),
     policy=asdict(Policy()),
 )
 
@@ -43,6 +46,11 @@ CLOCKS = dict(                                         # forms in which a bot ma
     milliseconds=lambda now: int(now.timestamp() * 1000),
 )
 
+def untrained(study: Study, seed=0):
+    "A forecaster of a study's inputs whose network nobody has trained"
+    rows = np.broadcast_to(study.parts['train'], study.panel.mask.shape)
+    return begin(study.inputs, rows, ForecasterConfig(horizons=study.targets.horizons, seed=seed))
+
 def unrelated(seed, S, H):
     "Training, validation and test of baselines: noise with labels that know nothing of it, a tenth of them missing"
     rng = np.random.default_rng(seed)
@@ -60,6 +68,7 @@ def unrelated(seed, S, H):
             volatility=rng.normal(size=(S, H)),
             har=har,
             trend=rng.normal(size=(S, 2)),
+            quiet=rng.normal(size=S),
             labels=labels,
         )
     return some(), some(), some()

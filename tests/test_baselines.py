@@ -3,15 +3,14 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np, pytest, torch
-from examples import nats, unrelated
+from examples import unrelated
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, softmax
 
 from cryptoml.baselines import (
-    BASELINES, N_CLASSES, RIDGES, LSTMPredictor, LinearPredictor, TransformerPredictor, best_ridge, book_scores,
-    fit_baselines, followed, frequencies, har, har_inputs, joined, logistic, majority, momentum, past_class,
-    past_volatility, positions, realised, softmax_regression, trend,
+    N_CLASSES, PAST, LSTMPredictor, LinearPredictor, TransformerPredictor, book_scores, followed, frequencies,
+    har_inputs, joined, momentum, past_class, past_volatility, positions, realised, softmax_regression, trend,
 )
 from cryptoml.tft import TFTConfig, quantile_loss
 
@@ -122,75 +121,25 @@ def test_joined_is_one_after_the_other(samples):
         if k != 'labels': np.testing.assert_array_equal(v, np.concatenate([getattr(old, k), getattr(held, k)]))
     for k, v in both.labels.items(): np.testing.assert_array_equal(v, np.concatenate([old.labels[k], held.labels[k]]))
 
-@pytest.mark.parametrize('target', N_CLASSES)
-def test_the_ridge_is_the_best_on_validation(samples, target):
-    old, held, new = samples
-    old, held = (replace(s, x=s.x + (s.labels['regime'][:, :1] == 2)) for s in (old, held))   # the regime can be seen
-    losses = {}
-    for l2 in RIDGES:
-        w, y = softmax_regression(old.x, old.labels[target][:, 1], N_CLASSES[target], l2), held.labels[target][:, 1]
-        logp = log_softmax(np.c_[held.x, np.ones(S)] @ w, 1)
-        losses[l2] = -np.mean([logp[s, y[s]] for s in range(S) if y[s] >= 0])
-    l2 = best_ridge(old, held, target, 1)
-    assert losses[l2] == min(losses.values())
-    both = joined(old, held)
-    w = softmax_regression(both.x, both.labels[target][:, 1], N_CLASSES[target], l2)
-    assert np.allclose(logistic(old, held)(new)[target][:, 1], softmax(np.c_[new.x, np.ones(S)] @ w, 1))
-
-def test_logistic_of_two_classes_is_the_sigmoid(samples):
-    old, held, new = samples
-    p, y = logistic(old, held)(new)['relative_direction'], joined(old, held).labels['relative_direction'][:, 0]
-    w = softmax_regression(joined(old, held).x, y, 2, best_ridge(old, held, 'relative_direction', 0))
-    assert np.allclose(p[:, 0, 1], expit(np.c_[new.x, np.ones(S)] @ (w[:, 1] - w[:, 0])))
-
-def test_of_noise_no_more_is_said_than_frequencies(samples):
-    "Hundreds of inputs that know nothing: an untuned fit learns them by heart"
-    rng = np.random.default_rng(4)
-    old, held, new = (replace(s, x=rng.normal(size=(S, 200))) for s in samples)
-    tuned, plain = logistic(old, held)(new), majority(joined(old, held))(new)
-    for target in ('direction', 'relative_direction'):
-        assert nats(tuned, new, target) < nats(plain, new, target) + .005
-    w = softmax_regression(old.x, old.labels['direction'][:, 0], 3, .01)
-    by_heart = dict(direction=softmax(np.c_[new.x, np.ones(S)] @ w, 1)[:, None])
-    assert nats(by_heart, new, 'direction') > nats(plain, new, 'direction') + .05
-
-def test_har_is_least_squares(samples):
-    old, _, new = samples
-    forecast = har(old)(new)['volatility'][..., 0]
-    for j in range(H):
-        y = old.labels['volatility'][:, j]
-        ok = np.isfinite(y) & np.isfinite(old.har).all(1)
-        b = np.linalg.solve(old.har[ok].T @ old.har[ok], old.har[ok].T @ y[ok])
-        assert np.allclose(forecast[50:, j], new.har[50:] @ b)
-        assert np.isnan(forecast[:50, j]).all()
-
 def test_momentum_of_an_unknown_trend_says_the_frequencies(samples):
     old, _, new = samples
     said = momentum(old)(replace(new, trend=np.full((S, 2), np.nan)))
     assert (said['relative'] == 0).all()
     assert np.allclose(said['direction'][0, 1], frequencies(old.labels['direction'][:, 1], 3))
 
-def test_one_interface(samples):
+@pytest.mark.parametrize('name', PAST)
+def test_one_interface(samples, name):
     old, held, new = samples
-    fitted = fit_baselines(old, held)
-    assert list(fitted) == list(BASELINES)
+    fitted = PAST[name](joined(old, held))
     shapes = {k: (S, H, n) for k, n in N_CLASSES.items()} | dict(relative=(S, H), volatility=(S, H, 1))
-    for f in fitted.values():
-        said, again = f(new), f(new)
-        assert said
-        for k, v in said.items():
-            assert v.shape == shapes[k]
-            assert (v == again[k])[50:].all()
-        for k in said.keys() & N_CLASSES:
-            assert np.allclose(said[k].sum(-1), 1)
-            assert (said[k] > 0).all()
-
-def test_too_few_coins_leave_targets_out(samples):
-    *seen, new = samples
-    none = dict(relative_direction=np.full((S, H), -1), relative=np.full((S, H), np.nan))
-    fitted = fit_baselines(*[replace(s, labels=s.labels | none) for s in seen])
-    assert 'relative_direction' not in fitted['logistic'](new)
-
+    said, again = fitted(new), fitted(new)
+    assert said
+    for k, v in said.items():
+        assert v.shape == shapes[k]
+        assert (v == again[k]).all()
+    for k in said.keys() & N_CLASSES:
+        assert np.allclose(said[k].sum(-1), 1)
+        assert (said[k] > 0).all()
 
 # ---- bodies ------------------------------------------------------------------------------------------------
 

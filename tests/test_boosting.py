@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
 from cryptoml import boosting as module
-from cryptoml.baselines import joined, majority
+from cryptoml.baselines import joined
 from cryptoml.boosting import (
-    BOOSTED, KINDS, PLAIN, Boosted, NoTrees, Task, Trees, along, arrays_of, boosted_of, boosting, grown, line,
-    newest, probabilities, why_no_trees,
+    BOOSTED, KINDS, PLAIN, Boosted, Forests, NoTrees, Task, Trees, along, arrays_of, boosted_of, grown, line, newest,
+    probabilities, why_no_trees,
 )
+from cryptoml.members import LINES, Lines
 
 S, H = 3000, 2
 SMALL = dict(num_leaves=7, min_data_in_leaf=5, verbose=-1, num_threads=1, deterministic=True)
@@ -225,7 +226,7 @@ def test_a_model_is_read_where_the_library_does_not_load(tmp_path):
 def test_growing_without_it_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
     with pytest.raises(NoTrees, match='^no boosted trees: lightgbm cannot be loaded .*pip install lightgbm'):
-        boosting(*unrelated(0, 50, 1)[:2])
+        Forests.find(*unrelated(0, 50, 1)[:2])
     assert len(why_no_trees()) == 1
 
 
@@ -300,7 +301,7 @@ def samples(): return unrelated(3, S, H)
 
 def test_the_row_of_a_report(samples):
     old, held, new = samples
-    said = boosting(old, held)(new)
+    said = Forests.find(old, held).refit(joined(old, held))(new)
     shapes = dict(direction=(S, H, 3), relative_direction=(S, H, 2), relative=(S, H), volatility=(S, H, 1))
     assert {k: v.shape for k, v in said.items()} == shapes
     both = joined(old, held)
@@ -312,7 +313,7 @@ def test_the_row_of_a_report(samples):
 def test_of_noise_no_more_is_said_than_frequencies(samples):
     rng = np.random.default_rng(4)
     old, held, new = (replace(s, x=rng.normal(size=(S, 200))) for s in samples)
-    said, plain = boosting(old, held)(new), majority(joined(old, held))(new)
+    said, plain = Forests.find(old, held)(new), Lines.find(LINES['majority'], old, held)(new)
     for target in ('direction', 'relative_direction'):
         assert nats(said, new, target) < nats(plain, new, target) + .005
 
@@ -324,7 +325,7 @@ def test_trees_are_the_same_on_any_number_of_threads(samples, monkeypatch):
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            said.append(boosting(*first)(new))
+            said.append(Forests.find(*first)(new))
     finally: torch.set_num_threads(threads)
     one, two = said
     assert one.keys() == {'direction', 'relative_direction', 'relative', 'volatility'}
@@ -339,12 +340,12 @@ def test_trees_learn_from_labelled_samples_alone(samples):
         return replace(s, labels=s.labels | dict(relative=y))
     def likeness(others):
         "Correlation of the forecast with x0"
-        said = boosting(half(old, others), half(held, others))(new)
+        said = Forests.find(half(old, others), half(held, others))(new)
         return np.corrcoef(said['relative'][:, 0], new.x[:, 0])[0, 1]
     assert likeness(np.nan) > .95 > likeness(-1)
 
 def test_too_few_coins_leave_targets_out(samples):
     *seen, new = samples
     none = dict(relative_direction=np.full((S, H), -1), relative=np.full((S, H), np.nan))
-    said = boosting(*[replace(s, labels=s.labels | none) for s in seen])(new)
+    said = Forests.find(*[replace(s, labels=s.labels | none) for s in seen])(new)
     assert said.keys() == {'direction', 'volatility'}

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 
+from examples import untrained
+from cryptoml.combined import save_combined, weigh
 from cryptoml.data import PRICES, DataError, read_panel, to_panel
-from cryptoml.forecaster import ForecasterConfig, begin, needed_history, save_forecaster
 from cryptoml.integration import UltimateTradingAI, with_its_ledger
 from cryptoml.newest import Prediction, Snapshot
 from cryptoml.simulate import simulate
 from cryptoml.study import Study, judge
+from cryptoml.verdict import OWN
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
@@ -63,33 +65,35 @@ class Desk:
     bars: pd.DataFrame
     funding: pd.DataFrame | None
 
-def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), seed=0):
-    "A network that was never trained says something all the same, and its book is judged like any other"
+def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), **declared):
+    "With a network that was never trained: what it and the others say is judged like any other, and not refit"
     monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp/'ledger.jsonl'))
-    study = Study.of(to_panel(bars), horizons, funding=funding)
-    rows = np.broadcast_to(study.parts['train'], study.panel.mask.shape)
-    f = begin(study.inputs, rows, ForecasterConfig(horizons, seed=seed))
-    judged = judge(f, study, most=8)
+    study = Study.of(to_panel(bars), horizons, funding=funding, **declared)
+    f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
+    judged = judge(f, f, study, most=8)
     ai = UltimateTradingAI(dict(act_on='FAIL', horizons=list(horizons)), device='cpu')
     ai.snapshot = Snapshot(f, judged.terms)
     return Desk(study, ai, judged.test.plans, bars, funding), judged
 
 def as_said(desk, t):
     "What `predict` would have said at the close of bar t, had it said exactly what was judged"
-    panel, score = desk.study.panel, desk.plans['network'].score
+    panel, plan, horizons = desk.study.panel, desk.plans[OWN], list(desk.study.targets.horizons)
+    score = plan.score
     close = (panel.time[t] + panel.timeframe).isoformat()
     said = {}
     for n, symbol in enumerate(panel.symbols):
         if not panel.mask[n, t]: continue
-        nothing = dict.fromkeys(Prediction.__annotations__) | dict(symbol=symbol, data_time=close, horizons=[24],
-                                                                   in_sample=False, notes=[])
+        nothing = dict.fromkeys(Prediction.__annotations__) | dict(
+            symbol=symbol, data_time=close, horizons=horizons, in_sample=False, notes=[])
         if np.isnan(score[n, t]):
             said[symbol] = nothing | dict(faults=['silent'])
             continue
         said[symbol] = nothing | dict(
-            faults=[], price=float(panel['close'][n, t]), direction=[dict(DOWN=.3, SIDEWAYS=.1, UP=.6)],
-            quantiles=[[-.1, 0., .1]], volatility=[.01], regime=dict(BULL=1.), size=[float(score[n, t])],
-            sigma=float(desk.study.targets.sigma[n, t]), confidence=.6)
+            faults=[], price=float(panel['close'][n, t]), direction=[dict(DOWN=.3, SIDEWAYS=.1, UP=.6)] * len(horizons),
+            quantiles=[[-.1, 0., .1]] * len(horizons), volatility=[.01] * len(horizons), regime=dict(BULL=1.),
+            sigma=float(desk.study.targets.sigma[n, t]), beta=float(desk.study.beta[n, t]), score=float(score[n, t]),
+            correlation={k: float(v) for k, v in zip(panel.symbols, plan.correlation[n, :, t]) if np.isfinite(v)},
+            confidence=.6, rarity=1.)
     return said
 
 def follow(desk, first, last, predicted=None):
@@ -125,22 +129,46 @@ def rates(bars):
     rate = np.random.default_rng(1).normal(1e-4, 2e-4, len(time))
     return pd.DataFrame(dict(time=time, known=time, symbol='BTC/USDT', funding_rate=rate))
 
-@pytest.mark.parametrize('funded', [False, True])
-@pytest.mark.parametrize('gaps', [False, True])
-def test_equal_forecasts_make_the_judged_book(tmp_path, monkeypatch, gaps, funded):
-    bars = simulate(n_symbols=3, n_bars=4200, seed=5).bars
+@pytest.mark.parametrize('declared, gaps, funded', [
+    (dict(book='timing'), False, False),
+    (dict(book='timing'), False, True),
+    (dict(book='timing'), True, False),
+    (dict(book='relative'), False, True),
+    (dict(book='relative'), True, False),
+    (dict(book='relative', long_only=True), True, True),
+], ids=str)
+def test_equal_forecasts_make_the_judged_book(tmp_path, monkeypatch, declared, gaps, funded):
+    bars = simulate(n_symbols=4, n_bars=4000, seed=5).bars
     if gaps: bars = holed(bars)
-    desk, judged = desk_of(bars, tmp_path, monkeypatch, rates(bars) if funded else None)
+    desk, judged = desk_of(bars, tmp_path, monkeypatch, rates(bars) if funded else None, **declared)
     test = desk.study.bars('test')
-    book = judged.test.books['network']
+    book = judged.test.books[OWN]
     assert book.turnover.sum() > .5 and book.costs.sum() > 0
     assert np.abs(book.funding).sum() > 0                             # funding, or interest for shorts
     made = follow(desk, test.start, test.stop)
     np.testing.assert_allclose(made, book.equity, rtol=0, atol=1e-9)
 
+def test_an_odd_bar_of_one_coin_leaves_the_others_their_book(tmp_path, monkeypatch):
+    "It keeps what it has, as in the judged book; a model that is old, or was trained on the bar, stops them all"
+    desk, judged = desk_of(simulate(n_symbols=3, n_bars=4000, seed=5).bars, tmp_path, monkeypatch)
+    at = desk.study.bars('test').start + np.flatnonzero(desk.study.decide()[desk.study.bars('test')])
+    whole = next(t for t in at if np.isfinite(desk.plans[OWN].score[:, t]).all())
+    said, now = as_said(desk, whole), desk.study.panel.time[whole] + desk.study.panel.timeframe
+    odd, *others = said
+    def step(changed, terms=judged.terms):
+        desk.ai._decided, desk.ai.snapshot = None, replace(desk.ai.snapshot, terms=terms)
+        desk.ai._said = {k: (p | changed.get(k, {}), desk.ai.snapshot) for k, p in said.items()}
+        return desk.ai.next_weights({}, 1., now)
+    assert all(w is not None for w in step({}).values())
+    w = step({odd: dict(rarity=0.)})
+    assert w[odd] is None and all(w[k] is not None for k in others)
+    nothing = dict.fromkeys(said)
+    assert step({k: dict(in_sample=True) for k in said}) == nothing
+    assert step({}, replace(judged.terms, data_until='2020-01-01T00:00:00+00:00')) == nothing
+
 def through_predict(desk, first, hours):
     "The same through `predict`, on the bars that a bot would have"
-    need = (needed_history(desk.ai.snapshot.forecaster, desk.study.panel.timeframe) + 210) * desk.study.panel.timeframe
+    need = (desk.ai.snapshot.need + 210) * desk.study.panel.timeframe
     every, begin = desk.study.policy.every, desk.study.panel.time[first]
     def predicted(now):
         "Every hour of the first day; later only where a decision is due, to save time"
@@ -151,11 +179,16 @@ def through_predict(desk, first, hours):
         return True
     return follow(desk, first, first + hours, predicted)
 
-def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch):
-    desk, judged = desk_of(simulate(n_symbols=3, n_bars=4800, seed=7).bars, tmp_path, monkeypatch)
-    first = desk.study.bars('test').start
-    made = through_predict(desk, first, 24 * 8)
-    np.testing.assert_allclose(made, judged.test.books['network'].equity[:len(made)], rtol=0, atol=1e-4)
+@pytest.mark.parametrize('coins, bars, kind', [(3, 4800, 'timing'), (6, 4200, 'relative')])
+def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch, coins, bars, kind):
+    "And abstains where the judged book did"
+    desk, judged = desk_of(simulate(n_symbols=coins, n_bars=bars, seed=7).bars, tmp_path, monkeypatch)
+    assert desk.study.book.kind == judged.terms.declared.kind == kind
+    first, hours = desk.study.bars('test').start, 24 * 8
+    made, book = through_predict(desk, first, hours), judged.test.books[OWN]
+    assert judged.test.odd[judged.test.sample.bar < first + hours].any()
+    assert book.turnover[:hours].sum() > .1
+    np.testing.assert_allclose(made, book.equity[:hours], rtol=0, atol=1e-4)
 
 COINS = ['BTCUSDT', 'ETHUSDT', 'BNBUSDT', 'XRPUSDT', 'ADAUSDT']
 
@@ -165,7 +198,7 @@ def test_on_five_real_coins(tmp_path, monkeypatch, funded):
     panel, _ = read_panel(Path(os.environ['CRYPTOML_DATA'])/'spot_1h.parquet', COINS, '2023-07-01', '2024-06-30')
     bars = panel.frame()
     desk, judged = desk_of(bars, tmp_path, monkeypatch, rates(bars) if funded else None)
-    test, book = desk.study.bars('test'), judged.test.books['network']
+    test, book = desk.study.bars('test'), judged.test.books[OWN]
     made = follow(desk, test.start, test.stop)
     np.testing.assert_allclose(made, book.equity, rtol=0, atol=1e-9)
     desk.ai._decided = None
@@ -179,7 +212,7 @@ def test_a_faster_bot_makes_another_book(tmp_path, monkeypatch):
     desk.ai.snapshot = replace(desk.ai.snapshot, terms=fast)
     test = desk.study.bars('test')
     made = follow(desk, test.start, test.stop)
-    assert np.abs(made - judged.test.books['network'].equity).max() > 1e-4
+    assert np.abs(made - judged.test.books[OWN].equity).max() > 1e-4
 
 # ---- who is a coin of the model
 
@@ -207,7 +240,7 @@ def test_daily_bars_of_two_years_are_refused_before_they_are_trained():
 def test_a_pass_without_its_ledger_is_none(tmp_path, monkeypatch):
     desk, judged = desk_of(simulate(n_symbols=2, n_bars=4200, seed=5).bars, tmp_path, monkeypatch)
     passed = replace(judged.terms, verdict='PASS')
-    save_forecaster(desk.ai.snapshot.forecaster, tmp_path/'state', terms=asdict(passed))
+    save_combined(desk.ai.snapshot.forecaster, tmp_path/'state', terms=asdict(passed))
     def word():
         ai = UltimateTradingAI(dict(state_dir=str(tmp_path/'state')), device='cpu')
         ai.load_state()

@@ -120,6 +120,27 @@ def test_coins_never_met_are_forecast_without_training(world):
     assert never > .5 * met, found         # 0.32: four coins fix little of what descriptors mean
 
 
+def test_correlations_are_a_row_a_sample(world):
+    "Symmetric; before any training those of the 30 days just past"
+    f, _, _, inputs, targets = world
+    N, T = inputs.panel.mask.shape
+    late = np.arange(T) > 4950
+    sample = Samples.where(f.usable(inputs) & late)
+    new = begin(inputs, inputs.panel.mask, ForecasterConfig())
+    moves = np.diff(np.log(inputs.panel['close']), axis=1, prepend=np.nan)
+    for g in (f, new):
+        out = np.full((N, T, N), np.nan)
+        out[sample.coin, sample.bar] = forecast(g, inputs, targets.sigma, sample)['correlation']
+        known = out[:, late]
+        assert np.isfinite(known).all()
+        np.testing.assert_allclose(known, known.transpose(2, 1, 0), atol=1e-5)
+        assert (known[range(N), :, range(N)] == 1).all()
+    for t in (4960, 4999):
+        x = moves[:, t - 719:t + 1]
+        own = np.sqrt((x ** 2).sum(1))
+        np.testing.assert_allclose(out[:, t], x @ x.T / np.outer(own, own), atol=1e-5)
+
+
 @pytest.mark.parametrize('size', [1, 40])
 def test_samples_in_any_order_and_any_batch(world, size):
     f, _, _, inputs, targets = world
@@ -231,10 +252,19 @@ def test_a_manifest_of_0_1_has_the_keys_it_had(saved):
 def test_weights_are_called_as_in_version_0_1(saved):
     "Another name of a layer, and no state saved before can be loaded"
     tensors, _, _ = saved
-    names = '\n'.join(sorted(tensors['network']))
-    assert len(tensors['network']) == 165
-    assert hashlib.sha256(names.encode()).hexdigest()[:16] == '5ddc3c39d65ce9b7'
+    names = sorted(name for name in tensors['network'] if not name.startswith('edge'))
+    assert len(names) == 165
+    assert hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16] == '5ddc3c39d65ce9b7'
     assert set(tensors['scaler']) == {'center', 'scale'}
+
+
+@pytest.mark.parametrize('words', [dict, in_words_of_0_1], ids=['today', '0.1'])
+def test_a_generation_from_before_the_correlations_is_refused(saved, tmp_path, words):
+    tensors, manifest, _ = saved
+    earlier = {k: v for k, v in tensors['network'].items() if not k.startswith('edge')}
+    state.save(tmp_path, tensors | dict(network=earlier), words(manifest))
+    with pytest.raises(StateError, match='its network: 6 of them are not there, first edge_scale; train it again'):
+        load_forecaster(tmp_path)
 
 
 @pytest.mark.parametrize('words', [dict, in_words_of_0_1], ids=['today', '0.1'])

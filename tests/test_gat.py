@@ -3,13 +3,12 @@ import math
 from dataclasses import replace
 from functools import partial
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from cryptoml.gat import (BlockSizes, CitationData, DynamicGraph, EdgeHead, GATConfig, GraphAttentionLayer,
-                          GraphAttentionNetwork, attend_dense, block_graph, citation_experiment, correlation,
+                          GraphAttentionNetwork, attend_dense, block_graph, citation_experiment,
                           correlation_loss, drop, plot_attention_graph, to_edges)
 
 CONFIG = GATConfig(n_in=4, n_out=3, n_hidden=5, n_heads=3, n_layers=3, out_heads=2, dropout=0.)
@@ -183,9 +182,9 @@ def test_order_does_not_matter(seed):
     same(turned, net(x, graph, weight, present).states[:, o])
     torch.manual_seed(seed)
     learnt = DynamicGraph(4, 8, k=2).double()
-    head = EdgeHead(4, 3).double()
+    head, _, past, _ = edges(seed=seed)
     same(learnt(x[:, o], present[:, o]), take(learnt(x, present), o))
-    same(head(x[:, o], present=present[:, o]), take(head(x, present=present), o))
+    same(head(x[:, o], take(past, o), present[:, o]), take(head(x, past, present), o))
 
 
 @pytest.mark.parametrize('filler', [float('nan'), float('inf'), 1e30])
@@ -215,7 +214,8 @@ def test_nobody_present():
     for g in (None, graph, to_edges(graph)[0]): assert not net(x, g, present=none).states.any()
     alone = torch.eye(6, dtype=torch.float64).expand(2, -1, -1)
     assert torch.equal(DynamicGraph(4, 8, k=2).double()(x, none), alone)
-    assert torch.equal(EdgeHead(4).double()(x, present=none), alone)
+    head, _, past, _ = edges()
+    assert torch.equal(head(x, past, none), head(0 * x, past))
 
 
 def test_alone_it_attends_to_itself():
@@ -281,9 +281,11 @@ def test_gradients_of_table_and_list_by_finite_differences():
 
 def test_gradients_of_the_edge_head_by_finite_differences():
     torch.manual_seed(0)
-    head = EdgeHead(3, 2, past=True).double()
-    past = correlation(torch.randn(2, 5, 20, dtype=torch.float64))
-    torch.autograd.gradcheck(lambda x: correlation_loss(head(x, past), past), number(2, 5, 3))
+    head = EdgeHead(3, 2).double()
+    with torch.no_grad(): head.signs += 1
+    past = torch.randn(2, 5, 5, 2, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda x, past: correlation_loss(head(x, past), torch.zeros(2, 5, 5))[0],
+                             (number(2, 5, 3), past.requires_grad_()))
 
 
 def test_a_zero_weight_has_no_gradient_problem():
@@ -299,9 +301,9 @@ def test_every_parameter_is_used():
     net = model()
     x, graph, _, _ = case()
     learnt = DynamicGraph(4, 8, k=2).double()
-    head = EdgeHead(4, past=True).double()
+    head, _, past, _ = edges()
     states = net(x, weight=learnt(x)).states
-    rho = head(x, torch.zeros(2, 6, 6).double())
+    rho = head(x, past)
     (states.square().sum() + rho.square().sum()).backward()
     for m in (net, head): assert all(p.grad is not None and p.grad.any() for p in m.parameters())
     for m in (learnt.query, learnt.key): assert m.weight.grad.any()
@@ -436,72 +438,72 @@ def test_k_may_change():
 
 # ---- edges ---------------------------------------------------------------------------------------
 
+def edges(spans=2, seed=0):
+    "A head that has learnt something, and what it reads: states [2, 6, 4], past [2, 6, 6, E], present [2, 6]"
+    torch.manual_seed(seed)
+    head = EdgeHead(4, spans, 3).double()
+    with torch.no_grad():
+        for p in head.parameters(): p += .5 * torch.randn_like(p)
+    x, _, _, present = case(seed=seed)
+    past = torch.randn(2, 6, 6, spans, dtype=torch.float64)
+    return head, x, past + past.transpose(1, 2), present
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([.01, 1., 30.]))
-def test_forecast_is_a_correlation_matrix(seed, scale):
-    x, _, _, present = case(seed=seed)
-    torch.manual_seed(seed)
-    past = correlation(torch.randn(2, 6, 12, dtype=torch.float64))
-    for head, p in ((EdgeHead(4, 3).double(), None), (EdgeHead(4, 3, past=True).double(), past)):
-        rho = head(scale * x, p, present).detach()
-        off = rho.masked_fill(own_edges(6), 0)
-        assert torch.equal(rho, rho.mT)
-        assert (off.abs() < 1).all()
-        assert (rho.diagonal(dim1=1, dim2=2) == 1).all()
-        assert torch.linalg.eigvalsh(rho).min() > -1e-9
-        assert not off[~present].any()
+def test_the_edge_head_by_a_loop_over_pairs(seed, scale):
+    head, x, past, present = edges(seed=seed)
+    got = head(scale * x, past, present).detach()
+    assert torch.allclose(got, got.mT, rtol=0, atol=1e-12)
+    u = (head.loadings(torch.where(present[..., None], scale * x, 0))).tanh()
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                want = head.shift + (head.slopes * past[b, i, j]).sum() + (head.signs * u[b, i] * u[b, j]).sum()
+                assert abs(got[b, i, j] - want) < 1e-9
 
 
-def test_unknown_past_is_left_to_the_states():
-    x, _, _, _ = case()
-    head = EdgeHead(4, 3, past=True).double()
-    past = torch.full((2, 6, 6), float('nan'), dtype=torch.float64)
-    alone = EdgeHead(4, 3).double()
-    alone.loadings.load_state_dict(head.loadings.state_dict())
-    torch.testing.assert_close(head(x, past), alone(x))
-    head(x, past).sum().backward()
+@pytest.mark.parametrize('spans', [1, 3])
+def test_an_untrained_edge_head_is_the_longest_span(spans):
+    _, x, past, present = edges(spans)
+    assert torch.equal(EdgeHead(4, spans).double()(x, past, present), past[..., -1])
+
+
+def test_an_unknown_past_is_the_mean_of_what_is_known():
+    head, x, past, _ = edges()
+    everybody = torch.ones(2, 6, dtype=torch.bool)
+    everybody[1, 5] = False
+    past[:, range(6), range(6)] = float('nan')
+    past[:, 0, 1] = past[:, 1, 0] = float('nan')
+    filled = past.clone()
+    for b, n in ((0, 6), (1, 5)):                                        # a missing node says nothing of the others
+        filled[b][past[b].isnan()] = past[b, :n, :n].nanmean((0, 1)).repeat(int(past[b, ..., 0].isnan().sum()))
+    torch.testing.assert_close(head(x, past, everybody), head(x, filled, everybody))
+    nothing = torch.full_like(past, float('nan'))
+    torch.testing.assert_close(head(x, nothing), head(x, 0 * filled))
+    head(x, nothing).sum().backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
-    with pytest.raises(ValueError, match='built with past=False'): alone(x, past)
+    with pytest.raises(ValueError, match='of 1 spans, the head was built for 2'): head(x, past[..., :1])
 
 
-def holed_returns():
-    r = np.random.default_rng(0).normal(size=(5, 60)) * 1e-3 + .5
-    r[np.random.default_rng(1).random(r.shape) < .3] = np.nan
-    return r
-
-
-def test_correlation_is_that_of_pandas():
-    r = holed_returns()
-    want = pd.DataFrame(r.T).corr(min_periods=8)
-    assert np.allclose(correlation(torch.from_numpy(r)), want, rtol=0, atol=1e-10)
-
-
-def test_correlation_of_what_does_not_vary_or_is_infinite_once():
-    r = torch.from_numpy(holed_returns())
-    r[2] = .1
-    r[3, 4] = float('inf')
-    rho = correlation(r)
-    assert rho[2].isnan().all()
-    assert rho[0, 1].isfinite()
-    assert rho[3, 0].isfinite()
-
-
-def test_loss_is_that_of_fishers_z():
+def test_loss_is_over_the_pairs_known_from_both_sides():
     g = torch.Generator().manual_seed(0)
-    a, b = (correlation(torch.randn(3, 5, 20, generator=g)) for _ in range(2))
-    b[0, 1, 2] = b[0, 2, 1] = float('nan')
-    mask = torch.rand(3, 5, 5, generator=g) < .6
-    upper = [(n, i, j) for n in range(3) for i in range(5) for j in range(i + 1, 5)]
-    counted = [k for k in upper if mask[k] and not b[k].isnan()]
-    want = [(math.atanh(a[k]) - math.atanh(b[k])) ** 2 for k in counted]
-    torch.testing.assert_close(correlation_loss(a, b, mask), torch.tensor(sum(want) / len(want), dtype=torch.float32))
+    a, b = (torch.randn(3, 5, 5, generator=g) for _ in range(2))
+    a, b = a + a.mT, b + b.mT
+    b[0, 1, 2] = float('nan')                                            # from one side only
+    b[1, 3] = float('nan')
+    pairs = [(n, i, j) for n in range(3) for i in range(5) for j in range(i + 1, 5)]
+    counted = [(n, i, j) for n, i, j in pairs if b[n, i, j].isfinite() and b[n, j, i].isfinite()]
+    want = sum((a[k] - b[k]) ** 2 for k in counted) / len(counted)
+    loss, share = correlation_loss(a, b)
+    torch.testing.assert_close(loss, want)
+    assert share == pytest.approx(len(counted) / len(pairs))
 
 
-def test_loss_at_the_ends_of_the_scale():
-    one = torch.ones(1, 2, 2)
-    assert correlation_loss(one, one) == 0
-    assert correlation_loss(one, -one).isfinite()
-    assert correlation_loss(one, one * float('nan')) == 0
+@pytest.mark.parametrize('N', [1, 2])
+def test_loss_without_a_pair(N):
+    none = torch.full((2, N, N), float('nan'))
+    assert [v.item() for v in correlation_loss(torch.zeros(2, N, N), none)] == [0, 0]
 
 
 # ---- citations -----------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import ended, forked
+from cryptoml.combined import blend_arrays
 from cryptoml.integration import UltimateTradingAI, own_settings
+from cryptoml.members import member_arrays
 from cryptoml.simulate import simulate
 from cryptoml.state import lock
 
@@ -25,11 +27,19 @@ def trained(bars, root, epochs=1, **config):
 
 def said(ai, bars): return ai.predict_sync(bars, None, bars.time.max() + pd.Timedelta('1h'))
 
-def weights(ai): return ai.live().forecaster.network.state_dict()
+def weights(ai): return ai.live().forecaster.first.network.state_dict()
+
+def arrays(ai):
+    "What is no network: members, shares, temperatures, what is familiar"
+    c = ai.live().forecaster
+    members = {f'{name}/{k}': v for name, m in c.members.items() for k, v in member_arrays(m).items()}
+    return members | blend_arrays(c.blend) | vars(c.familiar)
 
 def same_weights(a, b):
-    other = weights(b)
-    return all(torch.equal(v, other[k]) and v.dtype == torch.float32 for k, v in weights(a).items())
+    networks, others = (weights(a), weights(b)), (arrays(a), arrays(b))
+    assert all(x.keys() == y.keys() for x, y in (networks, others)) and a.live().forecaster.members
+    same = all(torch.equal(v, networks[1][k]) and v.dtype == torch.float32 for k, v in networks[0].items())
+    return same and all(v.dtype == others[1][k].dtype and np.array_equal(v, others[1][k]) for k, v in others[0].items())
 
 @pytest.fixture(scope='module')
 def ai(bars, tmp_path_factory):
@@ -151,14 +161,15 @@ def test_other_values_of_an_own_column_are_another_training(bars, tmp_path):
     own = bars[['time', 'symbol']].assign(known=bars.time + pd.Timedelta('1h'), x=np.arange(len(bars)) % 7 / 7)
     one = own.assign(x=own.x.where(own.index != 1500, 9.))
     for extra in (own, one):
-        ai = UltimateTradingAI(dict(size='small', horizons=[4, 8], state_dir=str(tmp_path)), device='cpu')
+        config = dict(size='small', horizons=[4, 8], state_dir=str(tmp_path), fresh=False)
+        ai = UltimateTradingAI(config, device='cpu')
         with contextlib.redirect_stdout(None): ai.train_sync(bars, epochs=1, extra=extra)
     assert len(list((tmp_path/'training').iterdir())) == 2
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='forks')
 def test_saving_leaves_a_training_of_another_process_alone(bars, tmp_path):
     "The same call, so the same folder of checkpoints: it is there as long as its owner lives, and then it goes"
-    ai, _ = trained(bars, tmp_path)
+    ai, _ = trained(bars, tmp_path, fresh=False)
     folder, = (tmp_path/'training').iterdir()
     go = tmp_path/'go'
     def other():
@@ -171,6 +182,6 @@ def test_saving_leaves_a_training_of_another_process_alone(bars, tmp_path):
     ai.save_state()
     assert folder.exists()
     assert ended(pid) == 0
-    again, _ = trained(bars, tmp_path)
+    again, _ = trained(bars, tmp_path, fresh=False)
     again.save_state()
     assert not folder.exists()

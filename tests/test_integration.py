@@ -15,10 +15,12 @@ import pytest, safetensors.torch, torch
 
 from conftest import ended, forked
 from examples import CLOCKS
-from cryptoml import integration, state, trainer
+from cryptoml import integration, newest, state, study, trainer
+from cryptoml.combined import save_combined
 from cryptoml.data import CANDLE, PRICES, DataError, market_frame
-from cryptoml.forecaster import needed_history, save_forecaster
+from cryptoml.forecaster import make_inputs, save_forecaster
 from cryptoml.integration import UltimateTradingAI
+from cryptoml.newest import Snapshot
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError, generations, read_json, read_lines, write_json
@@ -83,7 +85,7 @@ def make_desk(root, bars, end):
     assert history['left_out'] == ai.live().terms.left_out == {BROKEN: 'no rows: the data is empty'}
     assert f'left out: {BROKEN}: no rows' in history['data']
     ai.save_state()
-    enough = (needed_history(ai.live().forecaster, H) + 230) * H
+    enough = (ai.live().need + 230) * H
     for now in pd.date_range(end + 12 * H, bars['time'].max() - 6 * H, freq='h'):
         held = bars[(bars['time'] < now) & (bars['time'] >= now - enough)].reset_index(drop=True)
         ai.predict_sync(held, None, now)
@@ -182,7 +184,7 @@ def test_optional_columns(simulated, column):
     holds(simulated, changed(simulated, column, np.inf), f'infinite in {column}')
     holds(simulated, changed(simulated, column, -1.), f'negative in {column}')
     p, s = simulated.act(changed(simulated, column, np.nan))
-    assert p == simulated.said or said_of(s, 'missing'), s['reasoning']
+    assert p == simulated.said or any('missing' in r for r in words_of(p, s)), s['reasoning']
 
 def test_bars_without_the_columns_of_the_training(simulated):
     "Trained on an archive with taker volumes, fed with fetch_ohlcv: the model lacks inputs that it always had"
@@ -523,6 +525,127 @@ def test_bars_that_training_saw(desk):
     old = desk.bars.assign(time=desk.bars['time'] - (desk.now - seen))
     holds(desk, old, 'in sample', now=seen)
 
+def far(*args, **sources):
+    "Inputs in another unit"
+    inputs = make_inputs(*args, **sources)
+    return replace(inputs, x=inputs.x * 100)
+
+def test_a_bar_unlike_anything_seen(desk, monkeypatch):
+    "A forecast is made, and nothing is done about it"
+    monkeypatch.setattr(newest, 'make_inputs', far)
+    holds(desk, desk.bars, 'unlike anything seen')
+    desk.ai.predict_sync(desk.bars, None, desk.now)
+    assert [s['action'] for s in of_both(desk.ai, desk.now)] == ['HOLD', 'HOLD']
+    assert desk.ai.target_weights(desk.now) == {S: None, OTHER: None}
+    monkeypatch.undo()
+    same(desk, desk.bars)
+
+# ---- what is shipped: refit to the newest bar, or as it was judged
+
+def trained_to(end, bars, root, **config):
+    "A model of the bars before a time, trained in one epoch"
+    ai = UltimateTradingAI(CONFIG | dict(state_dir=str(root), horizons=[4, 24]) | config, device='cpu')
+    ai.train_sync(bars[bars['time'] < end], epochs=1)
+    return ai
+
+@pytest.mark.parametrize('fresh', [True, False])
+def test_a_model_has_seen_what_its_terms_say(tmp_path, fresh):
+    "A refit one has seen all of its data, and holds at any bar of them; a judged one has not seen its test"
+    bars = simulate(n_symbols=1, n_bars=3700, seed=3).bars
+    end = bars['time'].max() - 48 * H
+    ai = trained_to(end, bars, tmp_path, fresh=fresh)
+    terms = ai.live().terms
+    trained, judged = pd.Timestamp(terms.trained_until), pd.Timestamp(terms.data_until)
+    assert judged == end
+    if fresh: assert trained == end
+    else: assert pd.Timedelta('20D') < end - trained < (end - bars['time'].min()) / 4       # the test is a fifth
+    def at(now):
+        p = ai.predict_sync(bars[bars['time'] < now], S, now)
+        return p['in_sample'], said_of(ai.get_trading_signal(S, 0., now) or dict(reasoning=[]), 'in sample')
+    assert at(end + 24 * H) == (False, False)
+    assert at(trained - 24 * H) == (True, True)
+    assert at(end - 24 * H) == (fresh, fresh)
+    ai.save_state()
+    assert loaded(tmp_path).live().terms == terms
+
+# ---- a relative book: six coins against one another
+
+@pytest.fixture(scope='module')
+def six(tmp_path_factory):
+    "A model of six coins, the bars a bot holds at a close at which the book decides, and that close"
+    bars = simulate(n_symbols=6, n_bars=3750, seed=5).bars
+    end = bars['time'].max() - 60 * H
+    ai = trained_to(end, bars, tmp_path_factory.mktemp('six'))
+    assert str(ai.live().terms.declared) == 'relative value at 24 bars, dollar and beta neutral'
+    for now in pd.date_range(end, bars['time'].max(), freq='h'):
+        held = bars[bars['time'] < now]
+        ai.predict_sync(held, None, now)
+        if all(w is not None for w in ai.next_weights({}, 1., now).values()): break
+    else: raise AssertionError('the book never decides about all of them')
+    return ai, held, now
+
+def again(six):
+    "The same model in an object that has said and decided nothing"
+    ai, bars, now = six
+    new = UltimateTradingAI(dict(act_on='FAIL'), device='cpu')
+    new.snapshot = ai.live()
+    return new, bars, now
+
+def test_one_coin_of_a_relative_book_brings_the_others(six):
+    ai, bars, now = again(six)
+    symbols = ai.live().terms.symbols
+    assert len(symbols) == 6 and all(ai.get_trading_signal(k, 0., now) is None for k in symbols)
+    one = ai.predict_sync(bars, S, now)
+    assert one['symbol'] == S and np.isfinite([one['score'], one['beta'], one['confidence']]).all()
+    said, book = {k: ai.get_trading_signal(k, 0., now) for k in symbols}, ai.target_weights(now)
+    assert ai.predict_sync(bars, None, now)[S] == one
+    assert {k: ai.get_trading_signal(k, 0., now) for k in symbols} == said
+    acting = {k: s for k, s in said.items() if s and s['action'] != 'HOLD'}
+    assert {s['action'] for s in acting.values()} == {'BUY', 'SELL'}
+    for k, s in acting.items():
+        assert s['target'] == book[k] and abs(s['target']) == s['position_size'] and s['horizon'] == 24
+        assert 'above the median coin' in s['reasoning'][0]
+
+def test_a_relative_book_is_neutral(six):
+    "Its targets, and from flat its first step too; asked twice it is the same step"
+    ai, bars, now = again(six)
+    said = ai.predict_sync(bars, None, now)
+    targets, step = (np.array(list(w.values())) for w in (ai.target_weights(now), ai.next_weights({}, 1., now)))
+    betas = [p['beta'] for p in said.values()]
+    for w in (targets, step):
+        assert abs(w.sum()) < 1e-9 and abs(w @ betas) < 1e-9 and np.abs(w).sum() > 1e-3
+    np.testing.assert_allclose(step, Policy(**ai.live().terms.policy).rate * targets, rtol=1e-9)
+    assert list(ai.next_weights({}, 1., now).values()) == list(step)
+
+def test_one_coin_alone_is_no_relative_book(six):
+    ai, bars, now = again(six)
+    p = ai.predict_sync(bars[bars['symbol'] == S], S, now)
+    s = ai.get_trading_signal(S, 0., now)
+    assert s is None or s['action'] == 'HOLD' and said_of(s, 'missing', 'needs 3')
+    assert p['faults'] or p['notes']
+
+def test_an_odd_coin_of_a_relative_book_is_left_alone(six, monkeypatch):
+    "What the others do is neutral without it"
+    ai, bars, now = again(six)
+    def odd(*args, **sources):
+        inputs = make_inputs(*args, **sources)
+        x = inputs.x.copy()
+        x[inputs.panel.symbols.index(S)] *= 100
+        return replace(inputs, x=x)
+    monkeypatch.setattr(newest, 'make_inputs', odd)
+    ai.predict_sync(bars, S, now)
+    assert said_of(ai.get_trading_signal(S, 0., now), 'unlike anything seen')
+    w = ai.next_weights({}, 1., now)
+    others = [v for k, v in w.items() if k != S]
+    assert w.pop(S) is None and None not in others and abs(sum(others)) < 1e-9
+
+def test_a_relative_book_of_two_coins_is_refused(tmp_path):
+    "Before anything is trained"
+    bars = simulate(n_symbols=2, n_bars=3700, seed=3).bars
+    ai = UltimateTradingAI(dict(book='relative', state_dir=str(tmp_path)), device='cpu')
+    with pytest.raises(ValueError, match='a relative book needs 3 coins or more, got 2'): ai.train_sync(bars)
+    assert ai.snapshot is None and not list(tmp_path.iterdir())
+
 # ---- the same dict: asked twice, saved and loaded, in another process (suite 11)
 
 OTHER_PROCESS = textwrap.dedent('''
@@ -584,16 +707,17 @@ def test_a_prediction_is_plain(desk):
 # ---- suite 4: kills while saving
 
 def mark_it(ai, mark):
-    "Terms, weights and scale of the model all tell the mark"
+    "Terms, weights, scale and what is familiar to the model all tell the mark"
     s = ai.live()
-    with torch.no_grad(): next(iter(s.forecaster.network.parameters())).view(-1)[0] = mark
-    s.forecaster.scaler.center[0] = mark
+    with torch.no_grad(): next(iter(s.forecaster.first.network.parameters())).view(-1)[0] = mark
+    s.forecaster.first.scaler.center[0] = s.forecaster.familiar.mean[0] = mark
     ai.snapshot = replace(s, terms=replace(s.terms, data=dict(mark=mark)))
 
 def mark_of(ai):
     s = ai.live()
-    weight = next(iter(s.forecaster.network.parameters())).view(-1)[0].item()
-    found = {weight, float(s.forecaster.scaler.center[0]), float(s.terms.data['mark'])}
+    weight = next(iter(s.forecaster.first.network.parameters())).view(-1)[0].item()
+    f = s.forecaster
+    found = {weight, float(f.first.scaler.center[0]), float(f.familiar.mean[0]), float(s.terms.data['mark'])}
     assert len(found) == 1, f'a mix of generations: {found}'
     return found.pop()
 
@@ -706,7 +830,9 @@ DAMAGE = {
     'one bit': lambda path: path.write_bytes(one_bit(path.read_bytes())),
 }
 
-@pytest.mark.parametrize('name', ['manifest.json', 'network.safetensors', 'scaler.safetensors'])
+FILES = [f'{k}.safetensors' for k in ('network_0', 'scaler', 'member_0', 'blend', 'familiar')]
+
+@pytest.mark.parametrize('name', ['manifest.json', *FILES])
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_damaged_state(simulated, tmp_path, name, damage):
     "The generation before is loaded; when it is damaged too, the state is refused"
@@ -738,17 +864,27 @@ def test_an_object_without_a_model(simulated, tmp_path):
 
 @pytest.mark.parametrize('content, word', [
     (dict(kind='portfolio'), 'portfolio'),
-    ({}, 'forecaster'),
-    ([], 'forecaster'),
+    ({}, 'does not hold a model'),
+    ([], 'does not hold a model'),
 ], ids=['another kind', 'nothing', 'a list'])
 def test_a_state_of_something_else(simulated, tmp_path, content, word):
     state.save(tmp_path/'x', dict(x=dict(w=torch.zeros(2))), content)
     refused(marked(simulated, tmp_path, 1), tmp_path/'x', word)
 
-def test_a_forecaster_without_terms(simulated, tmp_path):
+def test_a_model_without_terms(simulated, tmp_path):
     live = marked(simulated, tmp_path, 1)
-    save_forecaster(live.live().forecaster, tmp_path/'x')
+    save_combined(live.live().forecaster, tmp_path/'x')
     refused(live, tmp_path/'x', 'train it again')
+
+def test_a_generation_of_an_earlier_version(simulated, tmp_path):
+    "A network alone, with terms that knew of no declared book: one sentence that says what to do"
+    live = marked(simulated, tmp_path, 1)
+    old = {k: v for k, v in asdict(live.live().terms).items() if k != 'book'}
+    save_forecaster(live.live().forecaster.first, tmp_path/'x', terms=old)
+    sentence = f"^{tmp_path/'x'} holds a network alone, of an earlier version: train it again$"
+    refused(live, tmp_path/'x', sentence)
+    ai = UltimateTradingAI(dict(state_dir=str(tmp_path/'x')), device='cpu')
+    with pytest.raises(StateError, match=sentence): ai.load_state()
 
 def rewrite(manifest, m): write_json(manifest, m | dict(sha256=state._digest(m)))
 
@@ -795,6 +931,10 @@ def terms(**values):
     def edit(content): content['about']['terms'].update(values)
     return edit
 
+def book(**values):
+    def edit(content): content['about']['terms']['book'].update(values)
+    return edit
+
 def policy(**values):
     def edit(content): content['about']['terms']['policy'].update(values)
     return edit
@@ -828,6 +968,27 @@ FORGED_TERMS = [
     dict(policy=None),
     dict(policy=[]),
     dict(sources=None),
+    dict(book=None),
+    dict(book={}),
+    dict(book=dict(kind='timing')),
+]
+FORGED_BOOK = [
+    dict(kind='both'),
+    dict(kind='relative'),                          # whose policy would be a neutral one
+    dict(horizons=[24.]),
+    dict(horizons=[4]),                             # is none of the model's
+    dict(places=[]),
+    dict(places=[7]),
+    dict(places=[-1]),
+    dict(places=['x']),
+    dict(places=[0]),                               # is that of another horizon
+    dict(places=[0, 1]),
+    dict(long_only='x'),
+    dict(long_only=True),                           # the policy is not
+    dict(usual=[0.]),
+    dict(usual=['x']),
+    dict(usual=None),
+    dict(leverage=3),
 ]
 FORGED_POLICY = [
     dict(rate=5),
@@ -872,9 +1033,17 @@ FORGED_FORECASTER = {
     'a name no feature has': lambda content: content['names'].__setitem__(0, 'no_such_feature'),
     'two names swapped': lambda content: content['names'].__setitem__(slice(0, 2), content['names'][1::-1]),
     'a place is true': lambda content: content['families']['technical'].__setitem__(1, True),
+    'two networks': lambda content: content['config'].update(networks=2),
+    'no network': lambda content: content['config'].update(networks=0),
+    'no members': lambda content: content.pop('members'),
+    'a member less': lambda content: content['members'].pop(),
+    'a member more': lambda content: content['members'].append('HAR'),
+    'a member nobody knows': lambda content: content['members'].__setitem__(0, 'oracle'),
+    'members in a text': forecaster(members='boosting'),
 }
 FORGED = {
     **{str(values): terms(**values) for values in FORGED_TERMS},
+    **{f'book {values}': book(**values) for values in FORGED_BOOK},
     **{f'policy {values}': policy(**values) for values in FORGED_POLICY},
     **FORGED_FORECASTER,
 }
@@ -906,22 +1075,75 @@ def test_a_scale_that_is_none(simulated, tmp_path, name):
     data = safetensors.torch.save(FORGED_SCALES[name](tensors['scaler']))
     refused(marked(simulated, tmp_path, 1), forge(simulated, tmp_path/'x', files={'scaler.safetensors': data}))
 
+def every(change, begins=''):
+    "Arrays of a file, those changed whose names begin so"
+    return lambda a: {k: change(v).contiguous() if k.startswith(begins) else v for k, v in a.items()}
+
+def named(old, new): return lambda a: {k.replace(old, new): v for k, v in a.items()}
+
+FORGED_PARTS = {   # file and what is made of its arrays
+    'shares beyond 1': ('blend', every(lambda v: 2 * v, 'shares/')),
+    'a negative share': ('blend', every(lambda v: -v, 'shares/')),
+    'a share that is no number': ('blend', every(lambda v: v * torch.nan, 'shares/')),
+    'shares of one horizon': ('blend', every(lambda v: v[:1], 'shares/')),
+    'a share of nobody': ('blend', named('/network', '/oracle')),
+    'a share of what a member is silent about': ('blend', named('shares/mean_volatility', 'shares/regime')),
+    'a target nobody knows': ('blend', named('shares/direction', 'shares/luck')),
+    'a part nobody knows': ('blend', named('temperature', 'warmth')),
+    'no shares': ('blend', lambda a: {k: v for k, v in a.items() if not k.startswith('shares')}),
+    'a temperature of 0': ('blend', every(lambda v: 0 * v, 'temperature')),
+    'a spread that falls': ('blend', every(lambda v: -v.sort(-1).values - 1 * torch.arange(v.shape[-1]), 'spread')),
+    'another width of the familiar': ('familiar', every(lambda v: v[:-1], 'mean')),
+    'a familiar that is infinite': ('familiar', every(lambda v: v + torch.inf)),
+    'a spread of 0': ('familiar', every(lambda v: 0 * v, 'spread')),
+    'no usual rows': ('familiar', lambda a: {k: v for k, v in a.items() if k != 'usual'}),
+}
+
+@pytest.mark.parametrize('name', FORGED_PARTS)
+def test_parts_that_are_none(simulated, tmp_path, name):
+    file, change = FORGED_PARTS[name]
+    tensors, _ = state.load(simulated.root)
+    data = safetensors.torch.save(change(tensors[file]))
+    assert data != safetensors.torch.save(tensors[file])
+    refused(marked(simulated, tmp_path, 1), forge(simulated, tmp_path/'x', files={f'{file}.safetensors': data}),
+            'does not hold a model')
+
+FORGED_MEMBERS = {
+    'half as exact': every(torch.Tensor.float),
+    'no numbers': every(lambda v: v * torch.nan, ''),
+    'of fewer inputs': every(lambda v: v[:, 1:] if v.ndim == 4 else v[1:] if v.ndim == 1 and len(v) > 10 else v),
+    'of one horizon': every(lambda v: v[:1]),
+    'of nothing': lambda a: {},
+    'of a target nobody knows': lambda a: {f'luck/{k.partition("/")[2]}': v for k, v in a.items()},
+    'without weights': lambda a: {k: v for k, v in a.items() if not k.endswith('weights')},
+}
+
+@pytest.mark.parametrize('name', FORGED_MEMBERS)
+def test_members_that_are_none(simulated, tmp_path, name):
+    "Each of them"
+    tensors, content = state.load(simulated.root)
+    assert content['members']
+    live = marked(simulated, tmp_path, 1)
+    for k in range(len(content['members'])):
+        data = safetensors.torch.save(FORGED_MEMBERS[name](tensors[f'member_{k}']))
+        refused(live, forge(simulated, tmp_path/'x', files={f'member_{k}.safetensors': data}), 'does not hold a model')
+
 KINDS = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64]
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_weights_of_another_kind(simulated, tmp_path, kind):
     tensors, _ = state.load(simulated.root)
-    data = safetensors.torch.save({k: v.to(kind) for k, v in tensors['network'].items()})
-    refused(marked(simulated, tmp_path, 1), forge(simulated, tmp_path/'x', files={'network.safetensors': data}),
+    data = safetensors.torch.save({k: v.to(kind) for k, v in tensors['network_0'].items()})
+    refused(marked(simulated, tmp_path, 1), forge(simulated, tmp_path/'x', files={'network_0.safetensors': data}),
             'the weights are not those of its network')
 
 @pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_weight_that_is_no_number(simulated, tmp_path, value):
-    weights = state.load(simulated.root)[0]['network']
+    weights = state.load(simulated.root)[0]['network_0']
     last = list(weights)[-1]
     weights[last].view(-1)[0] = value
     refused(marked(simulated, tmp_path, 1),
-            forge(simulated, tmp_path/'x', files={'network.safetensors': safetensors.torch.save(weights)}),
+            forge(simulated, tmp_path/'x', files={'network_0.safetensors': safetensors.torch.save(weights)}),
             f'1 weights are not finite, first {last}')
 
 @pytest.mark.parametrize('values', [
@@ -958,7 +1180,7 @@ NO_TENSORS = {
     'nothing': lambda folder: b'',
 }
 
-@pytest.mark.parametrize('name', ['network.safetensors', 'scaler.safetensors'])
+@pytest.mark.parametrize('name', FILES)
 @pytest.mark.parametrize('kind', NO_TENSORS)
 def test_files_that_are_no_tensors(simulated, tmp_path, name, kind):
     live = marked(simulated, tmp_path, 1)
@@ -1001,13 +1223,15 @@ def test_memory_is_bounded(simulated, tmp_path, key, value):
     (dict(size='base'), 'size'),
     (dict(timeframe='4h'), 'timeframe'),
     (dict(round_trip=.01), 'round_trip'),
+    (dict(book='relative'), 'book timing there, relative asked for'),
+    (dict(long_only=True), 'long_only'),
 ])
 def test_a_state_for_another_config(simulated, config, word):
     ai = UltimateTradingAI(config, device='cpu')
     with pytest.raises(StateError, match=f'does not fit this config.*{word}'): ai.load_state(simulated.root)
 
 def test_a_config_in_other_words(simulated):
-    ai = loaded(simulated.root, size='small', horizons=(24, 12), timeframe='60m')
+    ai = loaded(simulated.root, size='auto', horizons=(24, 12), timeframe='60m', book='auto', long_only=False)
     assert ai.live().terms == simulated.ai.live().terms
 
 @pytest.mark.parametrize('bad', [
@@ -1034,6 +1258,15 @@ def test_a_config_in_other_words(simulated):
     dict(max_age=dict(data='soon')),
     dict(max_age=dict(data='-1h')),
     dict(state_dir=None),
+    dict(book='long'),
+    dict(book=None),
+    dict(long_only=1),
+    dict(long_only='yes'),
+    dict(fresh='no'),
+    dict(networks=0),
+    dict(networks=True),
+    dict(networks=1.5),
+    dict(networks='3'),
 ], ids=str)
 def test_config_is_checked_at_once(bad):
     "Not hours later in the bot's loop"
@@ -1065,7 +1298,7 @@ def variant_of(desk):
     "The model of the desk with smaller weights"
     ai = loaded(desk.root)
     with torch.no_grad():
-        for p in ai.live().forecaster.network.parameters(): p.mul_(.7)
+        for p in ai.live().forecaster.first.network.parameters(): p.mul_(.7)
     return ai
 
 def test_a_book_is_of_one_model(simulated, tmp_path):
@@ -1140,16 +1373,18 @@ def test_training_cancelled(simulated, busy, short_history, epoch_done):
     assert 0 < finished_epochs(root) < 999
     shutil.rmtree(root/'training')
 
-def test_training_cancelled_at_its_end(busy, short_history, monkeypatch):
-    "While the test span is judged: who cancelled does not get another model"
+@pytest.mark.parametrize('fresh', [True, False])
+def test_training_cancelled_at_its_end(busy, short_history, monkeypatch, fresh):
+    "While the test span is judged, whether another fit follows or not: who cancelled does not get another model"
     (ai, root), bars = busy, short_history
+    monkeypatch.setattr(ai, 'config', replace(ai.config, fresh=fresh))
     live = ai.live()
-    judging, cancelled, judge = threading.Event(), threading.Event(), integration.judge
+    judging, cancelled, judge = threading.Event(), threading.Event(), study.judge
     def held_up(*args, **options):
         judging.set()
         comes(cancelled)
         return judge(*args, **options)
-    monkeypatch.setattr(integration, 'judge', held_up)
+    monkeypatch.setattr(study, 'judge', held_up)
     async def day():
         task = asyncio.create_task(ai.train_from_historical_data(bars, epochs=1))
         await asyncio.to_thread(comes, judging)
@@ -1164,14 +1399,15 @@ def test_training_cancelled_at_its_end(busy, short_history, monkeypatch):
     finally:
         cancelled.set()
         ai.snapshot = live
+        shutil.rmtree(root/'training')
 
 @pytest.fixture
 def trained(monkeypatch):
     "Models that were trained during the test"
     models, train_and_judge = [], integration.train_and_judge
-    def watched(*args):
-        found = train_and_judge(*args)
-        models.append(found[0])
+    def watched(*args, **options):
+        found = train_and_judge(*args, **options)
+        models.append(Snapshot(found.model, found.terms))
         return found
     monkeypatch.setattr(integration, 'train_and_judge', watched)
     return models

@@ -62,7 +62,12 @@ REFUSED = [
     ('compare', 'lstm,lstm', "compare must be different names among ungraphed, gat, tft, lstm, transformer, linear"),
     ('compare', 'network', 'the network itself is always there'),
     ('compare', 'rnn', "got ['rnn']"),
-    ('size', 'huge', "size must be one of small, base, large, got 'huge'"),
+    ('size', 'huge', "size must be one of auto, small, base, large, got 'huge'"),
+    ('book', 'long', "book must be one of auto, relative, timing, got 'long'"),
+    ('long_only', 'maybe', "long_only must be bool, got 'maybe'"),
+    ('fresh', '2', "fresh must be bool, got '2'"),
+    ('networks', '0', 'networks must be a whole number from 1, got 0'),
+    ('networks', '1.5', "networks must be int, got '1.5'"),
     ('device', 'gpu', "device must be 'auto', 'cpu', 'cuda' or 'cuda:1', got 'gpu'"),
     ('device', 'cuda:-1', 'device must be'),
     ('device', 'cuda:01', 'device must be'),
@@ -98,6 +103,7 @@ def test_refused_before_anything_starts(tmp_path, capsys, monkeypatch, name, val
     dict(start='2009-01-01', end='', horizons='1,8192', compare='', threads='0', epochs='1'),
     dict(round_trip='0', borrow='0', seed=str(2**63 - 1), question='carry, 2nd try', device='cpu', signal='0'),
     dict(compare='tft,linear,gat', size='large', device='auto', threads='4', seed='+7', borrow='.25'),
+    dict(size='auto', book='relative', long_only='true', fresh='false', networks='3'),
 ], ids=str)
 def test_what_is_possible_is_not_refused(given): assert check(TRAIN, given)
 
@@ -143,7 +149,8 @@ def test_names_are_those_of_the_network():
 @pytest.mark.parametrize('bad', [
     dict(horizons=[]), dict(horizons=[4, 4]), dict(horizons=[0]), dict(horizons=[True, 2]), dict(size='huge'),
     dict(seed=-1), dict(seed=2**63), dict(round_trip=1), dict(round_trip=float('nan')), dict(borrow=5), dict(threads=0),
-    dict(epochs=0), dict(model='rnn'), dict(device='tpu'), dict(question='a\nb'),
+    dict(epochs=0), dict(model='rnn'), dict(device='tpu'), dict(question='a\nb'), dict(book='both'), dict(networks=0),
+    dict(networks=True), dict(long_only=1), dict(fresh=None),
 ], ids=str)
 def test_every_door_says_the_same(bad):
     (name, value), = bad.items()

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from cryptoml.network import MODELS, CoinGraph, Network, NetworkConfig, by_rows
+from cryptoml.trainer import adamw
 
 C = NetworkConfig(n_past=7, n_future=5, n_static=3, n_pair=2, horizons=(2, 4), lookback=6, d_model=8, n_heads=2,
                   groups=(4, 3), dropout=0.)
 ROWS = 3, 2, 4                                                           # dates, windows, coins
+BY_COIN = ('coins', 'correlation')                                       # what has a column a coin
 
 
 def batch(c=C, D=3, W=2, N=4, apart=3, dtype=torch.float32, seed=0):
@@ -15,11 +17,15 @@ def batch(c=C, D=3, W=2, N=4, apart=3, dtype=torch.float32, seed=0):
     g, H = torch.Generator().manual_seed(seed), len(c.horizons)
     def r(*s): return torch.randn(*s, generator=g, dtype=dtype)
     def label(n): return torch.randint(n, (D, W, N, H), generator=g)
+    def alike(*s):
+        x = r(*s)
+        return x + x.transpose(2, 3)
     return dict(
         past=r(D, N, c.lookback + (W - 1) * apart, c.n_past),
         future=r(D, W, c.steps, c.n_future),
         static=r(D, N, c.n_static),
         pairs=r(D, N, N, c.n_pair),
+        trailing=alike(D, W, N, N, c.n_trailing),
         present=torch.ones(D, W, N, dtype=torch.bool),
         direction=label(3),
         relative_direction=label(2),
@@ -29,19 +35,23 @@ def batch(c=C, D=3, W=2, N=4, apart=3, dtype=torch.float32, seed=0):
         scaled=r(D, W, N, H),
         cost=torch.full((D, W, N, H), .05, dtype=dtype),
         path=r(D, W, N, c.steps),
+        correlation=alike(D, W, N, N),
     )
 
 
 def network(model='network', dtype=torch.float32, seed=0, **k):
     torch.manual_seed(seed)
-    return Network(replace(C, model=model, **k)).to(dtype)
+    net = Network(replace(C, model=model, **k)).to(dtype)
+    with torch.no_grad(): net.edges.signs += torch.randn(8)               # as if it had learnt something
+    return net
 
 
 def coins(b, order):
     "The batch with its coins in another order"
     b = {k: v[:, :, order] if k in by_rows(b) or k == 'present' else v for k, v in b.items()}
     pairs = b['pairs'][:, order][:, :, order]
-    return b | dict(past=b['past'][:, order], static=b['static'][:, order], pairs=pairs)
+    ours = dict(trailing=b['trailing'][:, :, order][:, :, :, order], correlation=b['correlation'][..., order])
+    return b | ours | dict(past=b['past'][:, order], static=b['static'][:, order], pairs=pairs)
 
 
 def path(net, b): return net.read(b)['path'].unflatten(0, ROWS)
@@ -57,7 +67,7 @@ def test_order_of_coins_does_not_matter(model):
     for k in one:
         x, y = (t.unflatten(0, ROWS) for t in (one[k], other[k]))
         x = x[:, :, order]
-        if k == 'coins': x = x[..., order]
+        if k in BY_COIN: x = x[..., order]
         assert gap(x, y) < 1e-12, k
     assert abs(net.loss(b)[0] - net.loss(coins(b, order))[0]) < 1e-12
 
@@ -70,13 +80,14 @@ def test_a_missing_coin_changes_nothing(filler):
     b['static'][:, 1] = filler
     b['pairs'][:, 1] = filler
     b['pairs'][:, :, 1] = filler
+    b['trailing'][:, :, 1] = b['trailing'][:, :, :, 1] = filler
+    b['trailing'][0, 0, 0, 2] = b['trailing'][0, 0, 2, 0] = torch.nan     # filled from pairs that are there
     there = [0, 2, 3]
     all_four, three = net.read(b), net.read(coins(b, there))
     for k in all_four:
         x = all_four[k].unflatten(0, ROWS)[:, :, there]
-        if k == 'coins':
-            assert not x[..., 1].any()
-            x = x[..., there]
+        if k == 'coins': assert not x[..., 1].any()
+        if k in BY_COIN: x = x[..., there]
         assert gap(x, three[k].unflatten(0, (3, 2, 3))) < 1e-12, k
 
 
@@ -85,6 +96,7 @@ def test_a_coin_alone():
     said = net.read(b)
     assert all(v.isfinite().all() for v in said.values())
     assert (said['coins'] == 1).all()
+    assert (said['correlation'] == 1).all()
 
 
 def test_a_date_without_coins():
@@ -172,6 +184,86 @@ def test_gradient_is_that_of_finite_differences(eps=1e-6):
         direction = torch.randn(p.shape, generator=g, dtype=torch.float64)
         want = (loss_at(p, eps * direction) - loss_at(p, -eps * direction)) / (2 * eps)
         assert (p.grad * direction).sum().item() == pytest.approx(want, abs=1e-6, rel=1e-5), name
+
+
+# ---- correlations
+
+@pytest.mark.parametrize('model', MODELS)
+def test_an_untrained_network_forecasts_the_trailing_correlation(model):
+    torch.manual_seed(0)
+    net, b = Network(replace(C, model=model)).eval(), batch()
+    rho = net.read(b)['correlation'].unflatten(0, ROWS)
+    others = ~torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(rho[..., others], b['trailing'][..., -1].tanh()[..., others])
+    assert (rho.diagonal(dim1=2, dim2=3) == 1).all()
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_correlations_are_symmetric_and_inside_one(model):
+    rho = network(model, torch.float64).eval().read(batch(dtype=torch.float64))['correlation'].unflatten(0, ROWS)
+    assert gap(rho, rho.mT) < 1e-12
+    assert (rho.abs() <= 1).all()
+
+
+def test_a_coin_that_is_not_there_has_the_correlations_of_its_past():
+    net, b = network(dtype=torch.float64).eval(), batch(dtype=torch.float64)
+    b['present'][:, :, 1] = False
+    rho = net.read(b)['correlation'].unflatten(0, ROWS)
+    b['past'][:, 1] += 1
+    b['static'][:, 1] += 1
+    assert gap(net.read(b)['correlation'].unflatten(0, ROWS), rho) < 1e-12
+    b['trailing'][:, :, 1] += 1
+    b['trailing'][:, :, :, 1] += 1
+    assert gap(net.read(b)['correlation'].unflatten(0, ROWS)[:, :, 1, 0], rho[:, :, 1, 0]) > .01
+
+
+def test_the_loss_of_correlations_is_that_of_the_known_pairs():
+    net, b = network(dtype=torch.float64).eval(), batch(dtype=torch.float64)
+    b['correlation'][0, :, 2] = torch.nan                                # a coin that could not be read
+    z = net(b)['correlation'].unflatten(0, ROWS)
+    pairs = [(d, w, i, j) for d in range(3) for w in range(2) for i in range(4) for j in range(i)
+             if not (d == 0 and 2 in (i, j))]
+    want = sum((z[k] - b['correlation'][k]) ** 2 for k in pairs) / len(pairs)
+    loss, parts = net.loss(b)
+    assert parts['correlation'].item() == pytest.approx(want.item(), rel=1e-12)
+    nothing = b | dict(correlation=torch.full_like(b['correlation'], torch.nan))
+    without, parts = net.loss(nothing)
+    share = len(pairs) / 36
+    assert parts['correlation'] == 0
+    assert (loss - without).item() == pytest.approx(.5 * share * want.item(), rel=1e-6)   # of variance one at first
+
+
+def test_correlations_are_learnt_from_states_and_past(steps=300):
+    "z of the next window: half of that of the longest span, and a product of the coins' first inputs"
+    def planted(seed):
+        b = batch(D=16, W=1, seed=seed)
+        lead = b['past'][:, :, -1, 0].tanh()
+        z = .5 * b['trailing'][..., -1] + (lead[:, :, None] * lead[:, None])[:, None]
+        return b | dict(correlation=z)
+    net = network('linear', d_model=16)
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    for step in range(steps):
+        opt.zero_grad()
+        net.loss(planted(step))[0].backward()
+        opt.step()
+    test = planted(999)
+    error = net.score([test])['correlation']
+    past_alone = (.5 * test['trailing'][..., -1] - test['correlation'])[..., ~torch.eye(4, dtype=torch.bool)]
+    assert net.edges.slopes.tolist() == pytest.approx([0, 0, .5], abs=.05)
+    assert error < .5 * past_alone.square().mean()
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_learning_rates_of_the_parts(model):
+    "The one that history shows, that of the first group, is the one that was asked for"
+    net = network(model)
+    groups = adamw(net, 1e-3, 0.).param_groups
+    of = {p: g['lr'] for g in groups for p in g['params']}
+    assert groups[0]['lr'] == 1e-3
+    for name, p in net.named_parameters():
+        slow = len(net.bodies) > 1 and name.startswith('bodies.tft')
+        fast = name in ('edges.slopes', 'edges.shift', 'edges.signs')
+        assert of[p] == pytest.approx(3e-5 if slow else 1e-2 if fast else 1e-3), name
 
 
 def test_graph_reads_pairs():

@@ -1,18 +1,22 @@
 "The newest bar by a network that learnt nothing: what is said of its defects, and what must not change a forecast"
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from examples import TERMS
+from examples import TERMS, untrained
+from cryptoml import newest
+from cryptoml.calibration import ODD
+from cryptoml.combined import weigh
 from cryptoml.data import DataError, clean, to_panel
-from cryptoml.forecaster import ForecasterConfig, begin, forecast, make_inputs, needed_history
+from cryptoml.forecaster import make_inputs, needed_history
 from cryptoml.newest import (SPARE, Faulty, Ready, Snapshot, TooShort, bar_faults, examine, look, others_masked,
                              predict_newest, recent_bars)
 from cryptoml.simulate import simulate
-from cryptoml.targets import trailing_sigma
+from cryptoml.study import Study
+from cryptoml.targets import trailing_beta, trailing_sigma
 from cryptoml.windows import Samples
 
 H = pd.Timedelta('1h')
@@ -21,21 +25,21 @@ SYMBOLS = ['BTC/USDT', 'ETH/USDT', 'SHIB/USDT']
 
 @pytest.fixture(scope='module')
 def world():
-    made = untrained(3)
+    made = model_of(3)
     assert made[0].terms.symbols == SYMBOLS
     return made
 
 @pytest.fixture(scope='module')
-def six(): return untrained(6)      # one more than the comparison of coins needs
+def six(): return model_of(6)       # one more than the comparison of coins needs, and a relative book
 
-def untrained(coins):
-    "An untrained model of some coins, their bars, and the close of the newest of them"
+def model_of(coins):
+    "A model of some coins whose network nobody has trained, their bars, and the close of the newest of them"
     torch.set_num_threads(1)
-    market = simulate(n_symbols=coins, n_bars=2600, seed=3)
+    market = simulate(n_symbols=coins, n_bars=2800, seed=3)
     panel = to_panel(market.bars)
-    inputs = make_inputs(panel)
-    f = begin(inputs, panel.mask, ForecasterConfig())
-    never = np.isnan(f.pick(inputs).x).all(1)                # Bitcoin is not compared with itself [N, F]
+    study = Study.of(panel, (4, 12))
+    f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
+    never = np.isnan(f.pick(study.inputs).x).all(1)          # Bitcoin is not compared with itself [N, F]
     terms = replace(
         TERMS,
         symbols=market.symbols,
@@ -43,6 +47,8 @@ def untrained(coins):
         data_until=panel.time[2400].isoformat(),
         importance={f.names[0]: .01},
         absent={symbol: list(np.array(f.names)[gone]) for symbol, gone in zip(market.symbols, never)},
+        book=study.book.plain(),
+        policy=asdict(study.policy),
     )
     return Snapshot(f, terms), market.bars.reset_index(drop=True), panel.time[-1] + H
 
@@ -117,9 +123,11 @@ def test_it_is_the_forecast_of_the_whole_history(world):
     model, bars, now = world
     f = model.forecaster
     panel = to_panel(bars)
-    newest = Samples(np.arange(3), np.full(3, len(panel.time) - 1))
-    whole = forecast(f, make_inputs(panel), trailing_sigma(panel), newest, each=True)
-    enough = bars[bars['time'] >= now - (needed_history(f, H) + SPARE) * H]
+    last = Samples(np.arange(3), np.full(3, len(panel.time) - 1))
+    whole = f.forecast(make_inputs(panel), trailing_sigma(panel), last, each=True)
+    enough = bars[bars['time'] >= now - (model.need + SPARE) * H]
+    assert model.need == needed_history(f.first, H)
+    book, beta = model.terms.declared, trailing_beta(panel)[:, -1]
     found = predict_newest(model, enough.sample(frac=1, random_state=0), None, now)
     for i, symbol in enumerate(panel.symbols):
         p = found[symbol]
@@ -128,11 +136,37 @@ def test_it_is_the_forecast_of_the_whole_history(world):
         np.testing.assert_allclose(p['size'], whole['size'][i], atol=1e-5)
         np.testing.assert_allclose([list(d.values()) for d in p['direction']], whole['direction'][i], atol=1e-5)
         np.testing.assert_allclose(p['relative_up'], whole['relative_direction'][i, :, 1], atol=1e-5)
+        np.testing.assert_allclose([p['score'], p['confidence']], [book.score(whole)[i], book.confidence(whole)[i]],
+                                   atol=1e-5)
+        assert p['beta'] == pytest.approx(beta[i], abs=.02)      # of a thousand bars and of all of them
 
 def test_of_one_coin_as_of_all(world):
     model, bars, now = world
     everyone = predict_newest(model, bars, None, now)
     for symbol in SYMBOLS: assert predict_newest(model, bars, symbol, now) == {symbol: everyone[symbol]}
+
+def test_of_one_coin_of_a_neutral_book_as_of_all(six):
+    "A part of it is worth something beside the others, so they are forecast too"
+    model, bars, now = six
+    assert model.terms.declared.neutral
+    everyone = predict_newest(model, bars, None, now)
+    assert list(everyone) == model.terms.symbols and len(everyone) == 6
+    assert predict_newest(model, bars, S, now) == everyone
+    short = bars.drop(of(bars, 'ETH/USDT')[:-300])                  # an error only for who asks for this coin
+    assert 'bars of history' in predict_newest(model, short, S, now)['ETH/USDT']['faults'][0]
+    with pytest.raises(TooShort, match='ETH/USDT: 300 bars'): predict_newest(model, short, 'ETH/USDT', now)
+
+def test_a_bar_unlike_anything_seen(world, monkeypatch):
+    "An ordinary bar is none; with inputs a hundred times as large it is the oddest there can be"
+    model, bars, now = world
+    usual = [p['rarity'] for p in predict_newest(model, bars, None, now).values()]
+    assert min(usual) > ODD
+    def far(*args, **sources):
+        inputs = make_inputs(*args, **sources)
+        return replace(inputs, x=inputs.x * 100)
+    monkeypatch.setattr(newest, 'make_inputs', far)
+    odd = [p['rarity'] for p in predict_newest(model, bars, None, now).values()]
+    assert max(odd) < ODD
 
 @pytest.mark.parametrize('answer', [[], None, 'Too many requests', dict(code=-1003), [[0] * 6]])
 def test_one_bad_coin_stops_no_other(six, answer):
@@ -174,7 +208,7 @@ def test_a_bar_of_the_training_is_in_sample(world):
 @pytest.mark.parametrize('symbol', SYMBOLS)
 def test_ready_faulty_and_too_short(world, symbol):
     model, bars, now = world
-    f, mine = model.forecaster, of(bars, symbol)
+    f, mine = model.forecaster.first, of(bars, symbol)
     def seen(data): return examine(look(model, data, None, now), symbol)
     ready = seen(bars)
     assert isinstance(ready, Ready) and ready.notes == []

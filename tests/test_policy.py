@@ -11,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from examples import policies as any_policy, real
 from cryptoml.backtest import Account, Costs, account_for
-from cryptoml.policy import (Policy, PolicyState, breadth, drawdown_control, limit, neutralise, no_trade_band,
-                             risk_scale, volatility_target)
+from cryptoml.policy import (CLOSE, Policy, PolicyState, breadth, breadth_of, drawdown_control, limit, neutralise,
+                             no_trade_band, risk_scale, volatility_target)
 
 seeds = st.integers(0, 2**32 - 1)
 policies = st.builds(
@@ -535,3 +535,112 @@ def test_weight_of_one_coin_is_that_of_the_row(size, sigma, n, policy):
     alone = policy.target_weight(size, sigma, n)
     row = policy.target_weight(np.array([size, .5]), np.array([sigma, .01]), n)
     assert alone == row[0]
+
+# ---- correlations of the coins
+
+def equal(n, rho): return np.where(np.eye(n) == 1, 1., rho)
+
+def drawn(g, n):
+    "A correlation matrix"
+    load = g.normal(size=(n, 3)) + [1.5, 0, 0]
+    C = load @ load.T + np.diag(g.uniform(.5, 2, n))
+    own = np.sqrt(C.diagonal())
+    return C / np.outer(own, own)
+
+bounded_by_nothing = dict(max_weight=99., max_gross=999.)
+
+@given(seeds, st.integers(2, 12), st.sampled_from(['none', 'dollar', 'beta']))
+@settings(max_examples=60, deadline=None)
+def test_a_book_has_the_volatility_of_its_covariance(seed, n, neutral):
+    "w' C w with the forecast sigma is the target, in units of the scores that are left"
+    g = np.random.default_rng(seed)
+    policy = Policy(neutral=neutral, **bounded_by_nothing)
+    score, sigma, beta, C = g.normal(size=n), .006 * np.exp(g.normal(size=n)), g.normal(1, .3, n), drawn(g, n)
+    w = policy.target_weight(score, sigma, n, beta, C)
+    v = w * sigma
+    left = policy.shaped(score / sigma, beta) * sigma              # scores that neutrality leaves
+    wanted = policy.target_annual * np.sqrt((left ** 2).mean())
+    annual = np.sqrt(v @ C @ v * policy.bars_per_year)
+    safest = n * (left @ C @ left) <= (1 - CLOSE) * n * (left @ left) * (1 + 1e-9)
+    if safest: assert annual <= wanted * (1 + 1e-9) + 1e-12
+    else: assert annual == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+@given(seeds, st.integers(1, 12), real(0, CLOSE), any_policy)
+@settings(max_examples=60, deadline=None)
+def test_equal_risks_and_correlations_are_the_constant(seed, n, rho, policy):
+    sigma = np.full(n, .006)
+    by_rules = replace(policy, correlation=rho).book_weights(np.ones(n), sigma)
+    for given_ in (rho, equal(n, rho)):
+        np.testing.assert_allclose(policy.book_weights(np.ones(n), sigma, correlation=given_), by_rules, rtol=1e-9)
+
+@given(seeds, policies, st.sampled_from(['average', 'pairs']))
+@settings(max_examples=20, deadline=None)
+def test_a_book_with_correlations_is_decided_bar_by_bar(seed, policy, form):
+    "No bar later than the decision matters, nor does the order of the coins"
+    panels = inputs(seed)
+    g = np.random.default_rng(seed)
+    pairs = np.stack([drawn(g, 5) for _ in range(160)], -1)
+    pairs[:, 0, :80] = pairs[0, :, :80] = np.nan
+    given_ = pairs if form == 'pairs' else np.nanmean(pairs, (0, 1))
+    open = opens_of(panels['close'])
+    def traded(order, T):
+        mine = given_[order][:, order] if form == 'pairs' else given_
+        some = {k: a[order, :T] for k, a in panels.items()}
+        return policy.trade(**some, account=Account(open[order, :T]), correlation=mine[..., :T]).weights
+    full = traded(np.arange(5), 160)
+    np.testing.assert_array_equal(traded(np.arange(5), 81), full[:, :81])
+    order = g.permutation(5)
+    np.testing.assert_allclose(traded(order, 160), full[order], atol=1e-9)
+
+def test_positions_that_stay_are_counted_in():
+    "Their risk is not in the matrix that is used, their number is"
+    policy = Policy(rate=1., **bounded_by_nothing)
+    state = policy.start(4)._replace(weights=np.array([0, 0, .3, -.2]))
+    score = np.array([1, 1, np.nan, np.nan])
+    w, _ = policy.next_weights(state, score, np.full(4, .006), correlation=equal(4, .3))
+    by_number, _ = policy.next_weights(state, score, np.full(4, .006), correlation=.3)
+    np.testing.assert_allclose(w, by_number, rtol=1e-9)
+    assert w[0] == pytest.approx(.2 / breadth(4, .3) / (.006 * np.sqrt(8760)))
+
+@pytest.mark.parametrize('given_, same', [
+    (np.nan, .6), (-.4, 0.), (1., CLOSE), (np.full((3, 3), np.nan), equal(3, .6)), (np.full((3, 3), .2), equal(3, .2)),
+])
+def test_what_is_missing_or_cannot_be(given_, same):
+    score, sigma = np.array([1, -1, .5]), np.array([.004, .006, .01])
+    got, want = (Policy().book_weights(score, sigma, correlation=c) for c in (given_, same))
+    np.testing.assert_array_equal(got, want)
+
+def test_a_matrix_that_is_none_makes_no_infinite_book():
+    "Pairs that are forecast one by one may contradict one another"
+    C = equal(3, -.9)                                              # no three variables are like this
+    assert breadth_of(np.ones(3), C) == pytest.approx(np.sqrt(3 * (1 - CLOSE)))
+    assert np.isfinite(Policy().book_weights(np.ones(3), np.full(3, .006), C)).all()
+
+@pytest.mark.parametrize('bad', [np.ones(3), np.ones((2, 2)), np.ones((3, 3, 8))])
+def test_correlations_that_do_not_fit_one_decision(bad):
+    with pytest.raises(ValueError, match='correlation must be a number or .N, N. for 3 coins'):
+        Policy().next_weights(Policy().start(3), np.ones(3), np.ones(3), correlation=bad)
+
+@pytest.mark.parametrize('bad', [.5, np.ones(7), np.ones((2, 2)), np.ones((2, 8))])
+def test_correlations_that_do_not_fit_a_history(bad):
+    flat = np.ones((2, 8))
+    with pytest.raises(ValueError, match='correlation must be .T. or .N, N, T.'):
+        Policy().trade(flat, flat, flat, Account(flat), correlation=bad)
+
+def test_books_sized_by_correlations_hit_their_risk_when_these_move(n=8, T=12_000):
+    "Correlations of .2 and .9 in turns; sized by the truth, by the constant that is right on average"
+    g = np.random.default_rng(0)
+    rho = np.where(np.arange(T) // 600 % 2 == 0, .2, .9)
+    returns = .006 * (np.sqrt(rho) * g.normal(size=T) + np.sqrt(1 - rho) * g.normal(size=(n, T)))
+    close = np.exp(np.cumsum(returns, 1))
+    open = np.concatenate([np.ones((n, 1)), close[:, :-1]], 1)
+    truth = np.where(np.eye(n)[..., None] == 1, 1., rho)
+    sides = dict(none=np.ones((n, T)), dollar=np.where(np.arange(n) % 2, 1., -1)[:, None] * np.ones(T))
+    def off(neutral, correlation):
+        policy = Policy(rate=1., every=12, neutral=neutral, correlation=.55, **bounded_by_nothing)
+        book = policy.trade(sides[neutral], np.full((n, T), .006), close, Account(open, free), correlation=correlation)
+        each = np.sqrt((book.returns.reshape(-1, 600)[:, 20:] ** 2).mean(1) * 8760) / .2
+        return np.abs(np.log(each)).mean()
+    for neutral in sides:
+        for given_ in (rho, truth): assert off(neutral, given_) < .05
+        assert off(neutral, None) > .25

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from examples import CLOCKS, TERMS, policies, real
+from cryptoml.calibration import ODD
+from cryptoml.gate import Declared
 from cryptoml.newest import Prediction
 from cryptoml.policy import Policy
 from cryptoml.signals import MaxAge, Signal, doubts, make_signal, parts_of_book
@@ -34,7 +36,11 @@ def written(**changed):
         regime=dict(zip(REGIMES, (.5, .1, .3, .1))),
         size=[.2, .6],
         sigma=.005,
+        beta=1.,
+        correlation=None,
+        score=.6,
         confidence=.4 / .7,
+        rarity=.5,
         in_sample=False,
         notes=[],
         inputs=[dict(name='rsi_14', value=1.2, importance=.01)],
@@ -43,6 +49,8 @@ def written(**changed):
     )
     return p | changed
 
+ONE = replace(TERMS, book=Declared.of('timing', 2, (24,), '1h').plain())      # of one horizon, as those drawn below
+NEUTRAL = Declared.of('relative', 6, (24,), '1h')
 
 def shares(n):
     "n positive numbers that sum to one"
@@ -70,7 +78,11 @@ def predictions(draw):
         volatility_quantiles=[volatility],
         regime=dict(zip(REGIMES, draw(shares(4)))),
         size=[size],
+        score=size,
         sigma=draw(st.sampled_from([0., 1e-12]) | real(1e-5, .3)),
+        beta=draw(st.none() | real(-3, 3)),
+        correlation=draw(st.none() | st.fixed_dictionaries({'ETH/USDT': st.none() | real(-1, 1)})),
+        rarity=draw(real(0, 1)),
         confidence=direction[side] / (direction['UP'] + direction['DOWN']),
     )
 
@@ -98,17 +110,19 @@ def in_order(s, p):
 def acts_as_asked(s, p, policy, asked):
     "What must hold of BUY and SELL"
     assert asked is not None and p['confidence'] >= max(asked, .5)
-    assert np.sign(s['target']) == np.sign(p['size'][-1])
+    assert p['rarity'] >= ODD
+    assert np.sign(s['target']) == np.sign(p['score'])
     assert abs(s['target']) <= policy.max_weight
     assert not (policy.long_only and s['action'] == 'SELL')
 
 @settings(max_examples=400, deadline=None)
 @given(predictions(), policies, st.none() | real(0, 1), st.none() | real(0, 1))
-@example(written(volatility=[1e-18] * 2), Policy(), 0., None)                          # the prices are the same number
-@example(written(volatility=[1e6] * 2), Policy(), 0., None)                            # or no numbers
-@example(written(sigma=0.), Policy(), 0., None)                                        # a pair that never moved
+@example(written(horizons=[24], volatility=[1e-18]), Policy(), 0., None)               # the prices are the same number
+@example(written(horizons=[24], volatility=[1e6]), Policy(), 0., None)                 # or no numbers
+@example(written(horizons=[24], sigma=0.), Policy(), 0., None)                         # a pair that never moved
+@example(written(horizons=[24], rarity=0.), Policy(), 0., None)                        # a bar like no other
 def test_any_finite_prediction(p, policy, least, measured):
-    terms = replace(TERMS, policy=asdict(policy), threshold=measured)
+    terms = replace(ONE, policy=asdict(policy), threshold=measured)
     asked = measured if least is None else least
     s = make_signal(p, terms, least, LATER)
     if s is None: assert asked is None or p['confidence'] < max(asked, .5)
@@ -145,7 +159,7 @@ def test_a_confidence_under_one_half_is_never_enough(least):
 @given(st.lists(predictions(), min_size=1, max_size=6), policies, st.integers(0, 3))
 def test_positions_add_up_to_the_bounded_book(said, policy, silent):
     symbols = [f'C{i}/USDT' for i in range(len(said) + silent)]
-    terms = replace(TERMS, symbols=symbols, policy=asdict(policy))
+    terms = replace(ONE, symbols=symbols, policy=asdict(policy))
     said = {k: p | dict(symbol=k, sigma=max(p['sigma'], 1e-5)) for k, p in zip(symbols, said)}
     book = parts_of_book(said, terms)
     assert list(book) == symbols and all(book[k] is None for k in symbols[len(said):])
@@ -155,11 +169,90 @@ def test_positions_add_up_to_the_bounded_book(said, policy, silent):
         s = make_signal(p, terms, 0., LATER, others=said)
         if s and s['action'] != 'HOLD': assert s['target'] == book[k]
 
+# ---- a relative book: coins against one another
+
+@st.composite
+def books(draw):
+    "Predictions of three to six coins, and a neutral policy with its terms"
+    said = draw(st.lists(predictions(), min_size=3, max_size=6))
+    symbols = [f'C{i}/USDT' for i in range(len(said))]
+    policy = replace(draw(policies), long_only=False, neutral=draw(st.sampled_from(['dollar', 'beta'])))
+    terms = replace(ONE, symbols=symbols, policy=asdict(policy), book=NEUTRAL.plain())
+    return {k: p | dict(symbol=k, sigma=max(p['sigma'], 1e-5)) for k, p in zip(symbols, said)}, policy, terms
+
+@settings(max_examples=100, deadline=None)
+@given(books())
+def test_a_neutral_book_holds_as_much_long_as_short(drawn):
+    "And, where it asks for that too, as much market; a coin whose beta is not known counts as the market"
+    said, policy, terms = drawn
+    book = parts_of_book(said, terms)
+    w = np.array(list(book.values()))
+    assert abs(w.sum()) < 1e-9
+    betas = np.array([1. if p['beta'] is None else p['beta'] for p in said.values()])
+    if policy.neutral == 'beta' and betas.std() > 1e-3: assert abs(w @ betas) < 1e-9
+    assert np.abs(w).max() <= policy.max_weight * (1 + 1e-9) and np.abs(w).sum() <= policy.max_gross * (1 + 1e-9)
+
+@settings(max_examples=200, deadline=None)
+@given(books())
+def test_a_signal_of_a_neutral_book_is_its_part_of_it_or_a_hold(drawn):
+    "Never against its own forecast, whatever the others make of its part"
+    said, policy, terms = drawn
+    book = parts_of_book(said, terms)
+    for k, p in said.items():
+        s = make_signal(p, terms, 0., LATER, others=said)
+        if s is None: continue
+        in_order(s, p)
+        if s['action'] == 'HOLD': continue
+        acts_as_asked(s, p, policy, 0.)
+        assert s['target'] == book[k]
+
+def of_coins(**scores):
+    "Predictions of some coins that differ in their scores, with the terms of their neutral book"
+    terms = replace(TERMS, symbols=[f'{k}/USDT' for k in scores], policy=asdict(Policy(neutral='beta')),
+                    book=Declared.of('relative', len(scores), (4, 24), '1h').plain())
+    return {f'{k}/USDT': written(symbol=f'{k}/USDT', score=v, confidence=.6) for k, v in scores.items()}, terms
+
+@pytest.mark.parametrize('alone', [1, 2])
+def test_too_few_coins_for_a_neutral_book(alone):
+    said, terms = of_coins(A=.5, B=-.5, C=.1, D=-.1)
+    some = dict(list(said.items())[:alone])
+    s = make_signal(said['A/USDT'], terms, 0., LATER, others=some)
+    assert s['action'] == 'HOLD' and f'{alone} coins' in s['reasoning'][0] and 'needs 3' in s['reasoning'][0]
+    assert make_signal(said['A/USDT'], terms, 0., LATER, others=said)['action'] == 'BUY'
+
+def test_a_part_that_only_the_others_give_is_left_alone():
+    "All of them lean up; the book can only be short the one that does so least"
+    said, terms = of_coins(A=.9, B=.8, C=.1)
+    least = 'C/USDT'
+    assert parts_of_book(said, terms)[least] < 0
+    s = make_signal(said[least], terms, 0., LATER, others=said)
+    assert s['action'] == 'HOLD' and s['target'] is None and 'not by its own forecast' in s['reasoning'][0]
+    assert make_signal(said['A/USDT'], terms, 0., LATER, others=said)['action'] == 'BUY'
+
+def test_words_of_a_relative_book():
+    said, terms = of_coins(A=.5, B=-.5, C=.1)
+    s = make_signal(said['A/USDT'], terms, 0., LATER, others=said)
+    assert s['reasoning'][0].startswith('over 24 bars above the median coin 0.55; up 0.40')
+    assert 'median coin' not in make_signal(written(), TERMS, 0., LATER)['reasoning'][0]
+
+@pytest.mark.parametrize('horizons, place', [((4, 24), 1), ((4, 12, 24, 72), 2), ((4, 72), 0), ((72, 96), 0)])
+def test_a_signal_speaks_of_the_horizon_that_was_judged(horizons, place):
+    "Not of the longest: words, stop-loss and take-profit are of the declared one"
+    def by_horizon(x): return [x * (j + 1) for j in range(len(horizons))]
+    p = written(horizons=list(horizons), direction=[dict(DOWN=.3, SIDEWAYS=.3, UP=.4)] * len(horizons),
+                relative_up=by_horizon(.1), quantiles=[[-.01, .001, .012]] * len(horizons), volatility=by_horizon(.002))
+    terms = replace(TERMS, book=Declared.of('timing', 2, horizons, '1h').plain())
+    s = make_signal(p, terms, 0., LATER)
+    h, usual = horizons[place], .002 * (place + 1) * horizons[place] ** .5
+    assert s['horizon'] == h and s['reasoning'][0].startswith(f'over {h} bars up')
+    np.testing.assert_allclose([s['stop_loss'], s['take_profit']], 100 * np.exp([-1.7 * usual, 1.8 * usual]))
+
 WRONG = dict(
     price=lambda bad: bad,
     sigma=lambda bad: bad,
     confidence=lambda bad: bad,
-    size=lambda bad: [bad, bad],
+    score=lambda bad: bad,
+    rarity=lambda bad: bad,
     quantiles=lambda bad: [[bad, bad, bad]] * 2,
 )
 
@@ -201,11 +294,17 @@ def test_age_of_the_bar(late, word, form):
     wide = MaxAge(data='500D', skew='500D')
     assert make_signal(written(), TERMS, 0., now, wide)['action'] == 'BUY'
 
+def test_an_odd_bar_says_what_is_missing():
+    missing = '8 inputs of training are missing, first taker_buy_share_1'
+    s = make_signal(written(rarity=0., notes=[missing]), TERMS, 0., LATER)
+    odd, *rest = s['reasoning']
+    assert s['action'] == 'HOLD' and odd.startswith('unlike anything seen') and rest == [missing]
+
 def test_doubts_add_up():
-    p, failed = written(in_sample=True, volatility=[1e-20] * 2), replace(TERMS, verdict='FAIL')
+    p, failed = written(in_sample=True, rarity=.01, volatility=[1e-20] * 2), replace(TERMS, verdict='FAIL')
     found = doubts(p, failed, pd.Timestamp('2024-06-03', tz='UTC'))
     judged = 'judged FAIL on data until 2024-06-01'
-    assert [f.split(':')[0] for f in found] == ['stale', 'in sample', 'no room', judged]
+    assert [f.split(':')[0] for f in found] == ['stale', 'in sample', judged, 'unlike anything seen', 'no room']
     assert make_signal(p, failed, 0., '2024-06-03')['reasoning'] == found
 
 NOTHING = dict.fromkeys(Prediction.__annotations__) | dict(

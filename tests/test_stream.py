@@ -117,12 +117,16 @@ def test_network_stream_equals_the_whole(name, N=4, bars=20):
     net, r = Network(c).double().eval(), draws()
     past, future, static, pairs = r(N, bars, c.n_past), r(c.steps, c.n_future), r(N, c.n_static), r(N, N, c.n_pair)
     present = torch.tensor([True, True, False, True])
-    fixed = dict(future=future[None, None], static=static[None], pairs=pairs[None], present=present[None, None])
+    trailing = r(N, N, c.n_trailing)
+    trailing[0, 1, 0] = torch.nan                                         # a pair without a past
+    fixed = dict(future=future[None, None], static=static[None], pairs=pairs[None], present=present[None, None],
+                 trailing=trailing[None, None])
+    with torch.no_grad(): net.edges.signs += 1                            # what a training would have found
     stream = NetworkStream(net, static, pairs)
     stream.update(past[:, :c.lookback])
     for t in range(c.lookback, bars):
         stream.update(past[:, t:t + 1])
         want = net.read(fixed | dict(past=past[None, :, t + 1 - c.lookback:t + 1]))
-        said = stream.forecast(future, present)
+        said = stream.forecast(future, trailing, present)
         assert said.keys() == want.keys()
         assert gap(said.values(), want.values()) < 1e-12

@@ -5,15 +5,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import pytest
-from examples import TERMS
+from examples import TERMS, untrained
 from cryptoml.data import to_panel
 from cryptoml.backtest import Costs, account_for
-from cryptoml.forecaster import ForecasterConfig, begin, save_forecaster
+from cryptoml.combined import save_combined, weigh
 from cryptoml.ledger import Tried
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.study import Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible, trade
+from cryptoml.study import Rival, Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible, trade
 from cryptoml.verdict import gain_table
 
 SAVED = asdict(TERMS)
@@ -66,36 +66,35 @@ def test_terms_that_cannot_be(bad):
 
 @pytest.fixture(scope='module')
 def judged():
-    "A small market, and two untrained forecasters"
+    "A small market, a forecast with an untrained network in it, and another such network"
     study = Study.of(to_panel(simulate(n_symbols=3, n_bars=4200, seed=5).bars), (4, 12))
-    rows = np.broadcast_to(study.parts['train'], study.panel.mask.shape)
-    c = ForecasterConfig(horizons=(4, 12))
-    return study, *(begin(study.inputs, rows, replace(c, seed=s)) for s in (0, 1))
+    f, g = (untrained(study, seed) for seed in (0, 1))
+    return study, weigh([f], study.inputs, study.targets, study.parts)[0], Rival(g, g)
 
 def test_each_baseline_and_each_other_network_is_a_row(judged):
     study, f, g = judged
-    test = evaluate(f, study, dict(LSTM=g))
+    test = evaluate(f, f, study, dict(LSTM=g))
     rows = test.rows()
     who = {r['target']: set() for r in rows}
     for r in rows:
         if r['horizon'] == 12: who[r['target']].add(r['model'])
-    both, trees = {'network', 'LSTM'}, {'majority', 'momentum', 'logistic', 'boosting'}
+    nets, trees = {'ensemble', 'network', 'LSTM'}, {'majority', 'momentum', 'logistic', 'boosting'}
     assert who == dict(
-        direction=both | trees | {'persistence'},
-        up_or_down=both | trees | {'persistence'},
-        relative_direction=both | trees,
-        regime=both | {'majority', 'persistence', 'logistic'},
-        volatility=both | {'persistence', 'HAR', 'boosting'},
-        relative=both | {'zero', 'momentum', 'boosting'},
-        size=both | {'hold', 'momentum', 'low volatility', 'network with stops'},
-        reach={'network'},
+        direction=nets | trees | {'persistence'},
+        up_or_down=nets | trees | {'persistence'},
+        relative_direction=nets | trees | {'low volatility'},
+        regime=nets | {'majority', 'persistence', 'logistic'},
+        volatility=nets | {'persistence', 'HAR', 'ridge', 'boosting', 'boosted residual'},
+        relative=nets | {'majority', 'momentum', 'low volatility', 'ridge', 'boosting'},
+        book={'ensemble', 'LSTM', 'hold', 'momentum', 'low volatility', 'ensemble with stops'},
+        reach={'ensemble'},
     )
     assert len(gain_table(rows)) == sum(len(c.forecasts) - 1 for c in test.comparisons) + len(test.books) - 1
     assert not test.absent
 
 def test_another_network_changes_no_figure_of_the_others(judged):
     study, f, g = judged
-    test, alone = evaluate(f, study, dict(LSTM=g)), evaluate(f, study)
+    test, alone = evaluate(f, f, study, dict(LSTM=g)), evaluate(f, f, study)
     def scores(test):
         key = ('target', 'horizon', 'model', 'metric', 'over')
         return {tuple(r[k] for k in key): r['value'] for r in test.rows()}
@@ -105,7 +104,8 @@ def test_another_network_changes_no_figure_of_the_others(judged):
 def test_a_report_without_lightgbm_says_so_once(judged, monkeypatch):
     study, f, _ = judged
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
-    test = evaluate(f, study)
+    lame, _, absent = weigh([f.first], study.inputs, study.targets, study.parts)
+    test = evaluate(lame, lame, study, absent=absent)
     sentence, = test.absent
     assert 'lightgbm cannot be loaded' in sentence
     assert not any('boosting' in c.forecasts for c in test.comparisons)
@@ -120,7 +120,7 @@ def test_what_was_not_compared_with_trees_cannot_pass(judged):
     "A book that passes, but for the missing row"
     study, f, _ = judged
     noise = np.random.default_rng(0).normal(0, .01, (2, 1000))
-    test = replace(evaluate(f, study), books=dict(network=earning(noise[0] + .003), hold=earning(noise[1])))
+    test = replace(evaluate(f, f, study), books=dict(ensemble=earning(noise[0] + .003), hold=earning(noise[1])))
     def word(absent): return replace(test, absent=absent).verdict(Tried(1, 1., [], 'a file', ''))
     sentence = 'no boosted trees: lightgbm cannot be loaded'
     whole, without = word([]), word([sentence])
@@ -134,10 +134,10 @@ def test_a_training_says_first_that_there_will_be_no_trees(judged, monkeypatch, 
     said, = caplog.messages
     assert said.startswith('no boosted trees: lightgbm cannot be loaded') and said.endswith('nothing can PASS')
 
-@pytest.mark.parametrize('name', ['network', 'HAR', 'hold'])
+@pytest.mark.parametrize('name', ['ensemble', 'network', 'HAR', 'hold'])
 def test_a_taken_name_is_refused(judged, name):
     study, f, g = judged
-    with pytest.raises(ValueError, match=f'cannot be called {name}'): evaluate(f, study, {name: g})
+    with pytest.raises(ValueError, match=f'cannot be called {name}'): evaluate(f, f, study, {name: g})
 
 # ---- one cost, from the name to the book
 
@@ -176,7 +176,7 @@ def test_a_hole_in_the_rates_is_charged_for_a_day_at_most():
 def test_books_pay_the_round_trip_that_was_named(judged):
     study, f, _ = judged
     dear = replace(study, costs=Costs.of(.02))
-    plan = evaluate(f, study).plans['hold']
+    plan = evaluate(f, f, study).plans['hold']
     book = trade(dear, plan, 'test')
     assert book.costs.sum() / book.turnover.sum() == pytest.approx(.01)
     assert trade(dear, plan, 'test', dear.costs.scaled(2)).costs.sum() > 1.9 * book.costs.sum()
@@ -190,29 +190,29 @@ def ledger(tmp_path, monkeypatch):
 
 def test_trials_are_counted_once_each(judged, ledger):
     study, f, g = judged
-    assert judge(f, study).verdict.trials == 1
-    assert judge(f, study, dict(LSTM=g)).verdict.trials == 2
-    again = judge(f, study, dict(LSTM=g))
+    assert judge(f, f, study).verdict.trials == 1
+    assert judge(f, f, study, dict(LSTM=g)).verdict.trials == 2
+    again = judge(f, f, study, dict(LSTM=g))
     assert (again.verdict.trials, again.terms.trials['count']) == (2, 2)
     assert again.terms.trials['place'] == str(ledger)
-    other = replace(f, config=replace(f.config, epochs=7))                 # another recipe
-    assert judge(other, study).verdict.trials == 3
+    other = replace(f, networks=[replace(f.first, config=replace(f.config, epochs=7))])     # another recipe
+    assert judge(other, other, study).verdict.trials == 3
 
 def test_a_second_name_for_the_same_data_is_refused_before_the_training(ledger):
     panel = to_panel(simulate(n_symbols=2, n_bars=4200, seed=5).bars)
     study = Study.of(panel, (4, 12), digest='these', question='first')
-    f = begin(study.inputs, np.broadcast_to(study.parts['train'], panel.mask.shape), ForecasterConfig(horizons=(4, 12)))
-    assert judge(f, study, most=8).verdict.trials == 1
+    f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
+    assert judge(f, f, study, most=8).verdict.trials == 1
     with pytest.raises(ValueError, match="'second' is asked of data that question 'first' had first"):
         Study.of(panel, (4, 12), digest='these', question='second')
     assert Study.of(panel, (4, 12), digest='others', question='second').question == 'second'
 
 def test_a_head_that_is_gone_is_seen(judged, ledger, tmp_path):
     study, f, _ = judged
-    first = judge(f, study)
-    save_forecaster(f, tmp_path/'state', terms=asdict(first.terms))
+    first = judge(f, f, study)
+    save_combined(f, tmp_path/'state', terms=asdict(first.terms))
     assert heads_of(tmp_path/'state') == [first.terms.trials['head']]
     assert heads_of(tmp_path/'nowhere') == []
     for p in ledger.parent.glob('ledger.jsonl*'): p.unlink()
-    lost = judge(f, study, heads=heads_of(tmp_path/'state')).verdict
+    lost = judge(f, f, study, heads=heads_of(tmp_path/'state')).verdict
     assert lost.faults and lost.word != 'PASS'

@@ -13,7 +13,8 @@ from cryptoml import targets
 from cryptoml.backtest import ROUND_TRIP
 from cryptoml.data import Panel, parse_timeframe, read_panel, to_panel
 from cryptoml.simulate import simulate
-from cryptoml.targets import make_targets, path, pegged, regime, trailing_sigma
+from cryptoml.targets import (HORIZONS, make_targets, pair_window, path, pegged, realised_correlation, regime,
+                              trailing_sigma)
 
 
 def holes(panel: Panel, share, seed) -> Panel:
@@ -159,7 +160,7 @@ def test_cut_data_give_the_same_labels_up_to_t1(panel, c, share):
     whole = make_targets(p)
     less = make_targets(cut(p, c))
     same(less.sigma, whole.sigma[:, :c])
-    done = np.broadcast_to(whole.t1[:c] < c, (5, c, 3))
+    done = np.broadcast_to(whole.t1[:c] < c, (5, c, len(HORIZONS)))
     for name in whole.fields: same(less[name][done], whole[name][:, :c][done])
     same(regime(cut(p, c)), regime(p)[:, :c])
 
@@ -174,14 +175,14 @@ def with_later(panel, first, columns=PRICES, factor=FACTOR):
     return make_targets(replace(panel, values=v))
 
 
-@pytest.mark.parametrize('k', [0, 1, 2])
+@pytest.mark.parametrize('k', range(len(HORIZONS)))
 def test_bars_after_t1_do_not_matter(panel, k):
     y = make_targets(panel)
     z = with_later(panel, y.t1[T, k] + 1, panel.columns)
     for name in y.fields: same(z[name][:, T, k], y[name][:, T, k])
 
 
-@pytest.mark.parametrize('k', [0, 1, 2])
+@pytest.mark.parametrize('k', range(len(HORIZONS)))
 def test_of_the_bar_t1_the_open_alone_matters(panel, k):
     y = make_targets(panel)
     t1 = y.t1[T, k]
@@ -191,7 +192,7 @@ def test_of_the_bar_t1_the_open_alone_matters(panel, k):
     for name in ('ret', 'relative', 'volatility'): assert z[name][N, T, k] != y[name][N, T, k]
 
 
-@pytest.mark.parametrize('k', [0, 1, 2])
+@pytest.mark.parametrize('k', range(len(HORIZONS)))
 def test_the_close_before_t1_makes_its_regime(panel, k):
     y = make_targets(panel)
     z = with_later(panel, y.t1[T, k] - 1, ['close'], 8 * FACTOR)
@@ -254,7 +255,7 @@ def test_labels_do_not_depend_on_the_price_level(panel):
 
 
 def test_the_band_is_the_cost_when_it_is_larger(panel):
-    sideways = lambda cost: (make_targets(panel, round_trip=cost)['direction'][:, 100:800] == 1).mean()
+    sideways = lambda cost: (make_targets(panel, (4, 12, 24), cost)['direction'][:, 100:800] == 1).mean()
     assert sideways(0.05) > 0.8
     assert sideways(0) < 0.5
 
@@ -332,12 +333,59 @@ def test_types_shapes_and_ends(panel):
         relative_direction='int64',
         regime='int64',
     )
-    assert all(v.shape == (5, 900, 3) for v in y.fields.values())
+    assert all(v.shape == (5, 900, 4) for v in y.fields.values())
     assert y.sigma.dtype == np.float64
-    assert y.t1.shape == (900, 3)
-    assert (y.t1 - np.arange(900)[:, None] == [5, 13, 25]).all()
-    assert (y.known == panel.time + pd.Timedelta('25h')).all()
+    assert y.t1.shape == (900, 4)
+    assert (y.t1 - np.arange(900)[:, None] == [5, 13, 25, 73]).all()
+    assert (y.known == panel.time + pd.Timedelta('73h')).all()
     assert np.nanmax(np.abs(y['scaled'])) <= 5
+
+
+# ---- correlations
+
+def one_pair(panel, i, j, t, bars):
+    "Fisher's z of the correlation of the returns from the opens of t + 1 to t + 1 + bars, by a loop"
+    o, T = panel['open'], len(panel.time)
+    if i == j or t + 1 + bars >= T: return np.nan
+    steps = [s for s in range(t + 1, t + 1 + bars) if np.isfinite(o[[i, i, j, j], [s, s + 1, s, s + 1]]).all()]
+    if len(steps) < max(8, math.ceil(.75 * bars)): return np.nan
+    a, b = (np.array([math.log(o[k, s + 1] / o[k, s]) for s in steps]) for k in (i, j))
+    if not (a @ a > 0 and b @ b > 0): return np.nan
+    return math.atanh(clip(a @ b / math.sqrt((a @ a) * (b @ b)), .999))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999), share=st.sampled_from([0, .05, .3]), bars=st.sampled_from([8, 24, 50]))
+def test_correlations_by_loops(panel, seed, share, bars):
+    p = holes(cut(panel, 150), share, seed)
+    p.values[1, :, p.columns.index('open')] = 2.                           # a feed that stands still
+    p.values[2, :, p.columns.index('open')] = p.values[3, :, p.columns.index('open')]
+    z = realised_correlation(p, bars)
+    assert z.dtype == np.float32
+    for t in np.random.default_rng(seed).integers(0, 150, 12).tolist() + [148 - bars, 149 - bars]:
+        want = [[one_pair(p, i, j, t, bars) for j in range(5)] for i in range(5)]
+        np.testing.assert_allclose(z[:, t], want, atol=1e-5)
+
+
+@pytest.mark.parametrize('c', [300, 500])
+def test_correlations_are_known_when_their_window_has_passed(panel, c):
+    "And not before, to the last bit"
+    p = holes(panel, .1, 0)
+    whole, begun = realised_correlation(p, 24), realised_correlation(cut(p, c), 24)
+    same(begun[:, :c - 25], whole[:, :c - 25])
+    assert np.isnan(begun[:, c - 25:]).all()
+    assert np.isfinite(whole[:, c - 25:c]).any()
+
+
+@pytest.mark.parametrize('bars', [1, 7, 899, 900, 2000])
+def test_correlations_of_windows_too_short_or_too_long(panel, bars):
+    assert np.isnan(realised_correlation(panel, bars)).all()
+
+
+@pytest.mark.parametrize('horizons, bars', [((1,), 24), ((4, 12), 24), ((4, 24), 24), ((4, 72), 72)])
+def test_labels_are_known_with_the_correlations(panel, horizons, bars):
+    assert pair_window(horizons, panel.timeframe) == bars
+    assert (make_targets(panel, horizons).known == panel.time + (1 + bars) * panel.timeframe).all()
 
 
 def test_the_path_ends_at_the_scaled_labels(panel):

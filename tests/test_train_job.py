@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd, pytest, torch
 
+from cryptoml.calibration import ODD
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.ledger import read_ledger
 from cryptoml.simulate import simulate
@@ -47,7 +48,7 @@ def run(out, **parameters):
 def killed_in_its_second_epoch(out, folder, hooks, **parameters):
     "Start the job, kill it in the second epoch of what trains in `folder`, and wait until its kernel is gone too"
     env = os.environ | dict(HOLD=str(folder), IPYTHONDIR=str(hooks))
-    log = folder.parent/f'{folder.name}.log'
+    log = out.parent/f'{out.name}-{folder.name}.log'
     with open(log, 'w') as f: job = subprocess.Popen(command(out, **parameters), cwd=ROOT, env=env, stdout=f, stderr=f)
     end = time.monotonic() + HANGS
     try:
@@ -73,7 +74,7 @@ def bars(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def runs(bars, tmp_path_factory):
-    "A run that nothing interrupted, and one killed twice: in the network itself, then in the one beside it"
+    "A run that nothing interrupted, and one killed thrice: in the network beside, the network itself, and its refit"
     folder = tmp_path_factory.mktemp('runs')
     startup = folder/'ipython'/'profile_default'/'startup'
     startup.mkdir(parents=True)
@@ -82,7 +83,7 @@ def runs(bars, tmp_path_factory):
     whole = run(folder/'whole', **p)
     assert whole.returncode == 0, whole.stderr[-2000:]
     killed = folder/'killed'
-    for now in (killed, killed/'lstm'): killed_in_its_second_epoch(killed, now, folder/'ipython', **p)
+    for now in (killed/'lstm', killed, killed/'judged'): killed_in_its_second_epoch(killed, now, folder/'ipython', **p)
     assert not (killed/'metrics.json').exists()
     again = run(killed, **p)
     assert again.returncode == 0, again.stderr[-2000:]
@@ -95,9 +96,14 @@ def epochs_of(out): return [row['epoch'] for row in read_lines(out/'history.json
 
 
 def test_killed_in_mid_epoch_ends_with_the_same_weights(runs):
-    a, b = (load(out/'model')[0]['network'] for out in runs)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    (a, said), (b, said_again) = (load(out/'model') for out in runs)
+    assert a.keys() == b.keys() >= {'network_0', 'scaler', 'blend', 'familiar', 'member_0'}
+    assert said['members'] == said_again['members']
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(v, b[name][k]) for k, v in a[name].items())
     assert epochs_of(runs[1]) == epochs_of(runs[1]/'lstm') == [1, 2, 3]
+    for again in ('judged', 'shipped', 'lstm/again'): assert epochs_of(runs[1]/again) == epochs_of(runs[0]/again) != []
     a, b = (metrics_of(out) for out in runs)
     assert a['verdict'].pop('head') != b['verdict'].pop('head')          # a line of the ledger each, and one trial
     assert a == b
@@ -107,8 +113,12 @@ def test_what_a_run_reports(runs):
     m = metrics_of(runs[1])
     page = (runs[1]/'report.html').read_text()
     assert m['rows'] and m['verdict']['word'] in ('PASS', 'INCONCLUSIVE', 'FAIL')
-    compared = {'network', 'lstm', 'majority', 'persistence', 'momentum', 'logistic', 'boosting', 'HAR', 'zero', 'hold'}
-    assert compared <= {r['model'] for r in m['rows']}
+    members = {'network', 'majority', 'logistic', 'ridge', 'HAR', 'boosting'}
+    beside = {'lstm', 'persistence', 'momentum', 'low volatility', 'hold', 'ensemble with stops'}
+    assert {'ensemble'} | members | beside <= {r['model'] for r in m['rows']}
+    assert {r['model'] for r in m['rows'] if r['over']} == {'ensemble'}
+    assert 'ensemble' in {b['book'] for b in m['books']}
+    assert 'Shares of the members' in page and 'SIMULATED' not in m['verdict']['book']
     assert set(m['rows'][0]) == {'target', 'horizon', 'model', 'metric', 'over', 'value', 'lo', 'hi', 'n'}
     assert {'digest', 'span', 'symbols'} <= set(m['data'])
     assert 'cannot be split' in m['left_out']['GOLD'] and 'Left out: GOLD' in page
@@ -122,7 +132,7 @@ import sys, torch
 from cryptoml.integration import UltimateTradingAI
 torch.set_num_threads(1)
 bars, state, seed = sys.argv[1:]
-ai = UltimateTradingAI(dict(size='small', horizons=[4, 12], seed=int(seed), state_dir=state), device='cpu')
+ai = UltimateTradingAI(dict(horizons=[4, 12], seed=int(seed), state_dir=state, fresh=False), device='cpu')
 print(ai.train_sync(bars, epochs=1)['verdict']['trials'])
 """
 
@@ -134,7 +144,7 @@ def test_every_training_is_a_trial(bars, tmp_path, monkeypatch):
         return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     beside = [facade(seed) for seed in (0, 1, 2)]
     assert sorted(int(p.communicate(timeout=HANGS)[0].split()[-1]) for p in beside)[-1] == 3
-    p = dict(data=bars, epochs=1, horizons='4,12', threads=1)
+    p = dict(data=bars, epochs=1, horizons='4,12', threads=1, fresh=False)
     assert run(tmp_path/'again', **p, seed=0, compare='').returncode == 0          # the facade has done this one
     assert run(tmp_path/'beside', **p, seed=3, compare='lstm').returncode == 0     # and two more
     assert [metrics_of(tmp_path/k)['verdict']['trials'] for k in ('again', 'beside')] == [3, 5]
@@ -151,8 +161,10 @@ def test_what_a_run_leaves_is_what_a_bot_loads(runs):
     now = market.time.max() + pd.Timedelta('1h')
     p = ai.predict_sync(market, 'BTC/USDT', now)
     assert not p['faults'] and p['horizons'] == [4, 12]
+    terms = ai.live().terms
+    assert terms.trained_until == terms.data_until == now.isoformat() and not p['in_sample']       # refit to the newest
     signal = ai.get_trading_signal('BTC/USDT', 0., now)
-    assert signal is None or signal['action'] in ('BUY', 'SELL')
+    assert signal is None or signal['action'] in ('BUY', 'SELL') or p['rarity'] < ODD
     assert set(ai.next_weights({}, 1., now)) == set(ai.live().terms.symbols)
 
 
@@ -165,6 +177,7 @@ def test_what_a_run_leaves_is_what_a_bot_loads(runs):
     (dict(compare='network'), 'is always there'),
     (dict(device='cuda:99'), 'cuda:99'),
     (dict(round_trip=-1), 'round_trip'),
+    (dict(book='relative', symbols='BTC/USDT,ETH/USDT'), 'a relative book needs 3 coins or more, got 2'),
 ], ids=str)
 def test_what_cannot_be_run_is_one_sentence(bars, tmp_path, change, sentence):
     r = run(tmp_path/'x', **dict(data=bars, epochs=1) | change)

@@ -279,7 +279,7 @@ def test_learning_rate_floor(tmp_path):
 def test_validation_not_finite(tmp_path):
     h = trainer(tmp_path, epochs=4).fit(batches, loss, scripted([math.nan, 2., math.inf, 3.]))
     assert h.valid_loss.tolist()[1::2] == [2, 3] and content(tmp_path)['best_epoch'] == 2
-    again = trainer(tmp_path, epochs=4).fit(None, None, None)
+    again = trainer(tmp_path, epochs=4).fit(None, None, validate)
     pd.testing.assert_series_equal(again.valid_loss, h.valid_loss)          # as they were
     assert again.valid_loss.dtype == float
 
@@ -437,3 +437,39 @@ def test_cuda(tmp_path, amp):
     fit(3)
     h = fit(6)
     assert len(h) == 6 and h.train_loss.iloc[-1] < h.train_loss.iloc[0]
+
+
+# ---- again, with what was found ----------------------------------------------------------------------------
+
+RATES = (1e-2, 1e-2, 5e-3, 2.5e-3)
+
+def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
+
+def test_a_repeated_training_is_the_validated_one(tmp_path):
+    "Same rows, same rates: validation changes nothing but the choice of the epoch"
+    falling = scripted([4., 5., 6., 3.])                       # the rate falls after two bad epochs
+    first = trainer(tmp_path/'first', epochs=4, lr_patience=0)
+    h = first.fit(batches, loss, falling)
+    again = trainer(tmp_path/'again', epochs=4, rates=tuple(h.lr))
+    again.fit(batches, loss)
+    assert len(set(h.lr)) == 3
+    for k, v in weights(first.model).items(): assert torch.equal(v, again.model.state_dict()[k])
+
+def test_a_repeated_training_is_resumed(tmp_path):
+    whole = trainer(tmp_path/'whole', epochs=4, rates=RATES)
+    whole.fit(batches, loss)
+    def killed(epoch, generator):
+        if epoch == 3: raise KeyboardInterrupt
+        return batches(epoch, generator)
+    with pytest.raises(KeyboardInterrupt): trainer(tmp_path/'cut', epochs=4, rates=RATES).fit(killed, loss)
+    cut = trainer(tmp_path/'cut', epochs=4, rates=RATES)
+    assert cut.fit(batches, loss).lr.tolist() == list(RATES)
+    for k, v in weights(whole.model).items(): assert torch.equal(v, cut.model.state_dict()[k])
+
+def test_rates_and_validation_exclude_one_another(tmp_path):
+    with pytest.raises(TrainerError, match='give validate or rates'): trainer(tmp_path).fit(batches, loss)
+    with pytest.raises(TrainerError, match='give validate or rates'):
+        trainer(tmp_path, epochs=4, rates=RATES).fit(batches, loss, validate)
+    with pytest.raises(TrainerError, match='one for each of 3 epochs'): TrainConfig(epochs=3, rates=RATES)
+    trainer(tmp_path, epochs=4, rates=RATES).fit(batches, loss)
+    with pytest.raises(TrainerError, match='rates='): trainer(tmp_path, epochs=4).fit(batches, loss, validate)

@@ -48,8 +48,8 @@ def test_no_comparison_has_no_level(n):
 
 def test_scores_and_gains_are_told_apart_by_a_field():
     "Whatever the models are called"
-    names = 'plain', 'better gain over worse', 'network gain over plain'
-    forecasts = dict(network=probabilities(0)) | {k: probabilities(i) for i, k in enumerate(names, 1)}
+    names = 'plain', 'better gain over worse', 'ensemble gain over plain'
+    forecasts = dict(ensemble=probabilities(0)) | {k: probabilities(i) for i, k in enumerate(names, 1)}
     rows = class_rows('direction', 4, labels(9), forecasts, DAY, .95, 0)
     assert [r['over'] for r in rows if r['over']] == list(names)
     assert {r['model'] for r in rows if r['over'] is None} == set(forecasts)
@@ -58,28 +58,28 @@ def test_scores_and_gains_are_told_apart_by_a_field():
 
 def test_equal_forecasts_have_no_gain():
     p = probabilities(0)
-    *_, gain = class_rows('direction', 4, labels(1), dict(network=p, twin=p), DAY, .95, 0)
+    *_, gain = class_rows('direction', 4, labels(1), dict(ensemble=p, twin=p), DAY, .95, 0)
     assert (gain['over'], gain['value'], gain['lo'], gain['hi']) == ('twin', 0, 0, 0)
 
 def test_gains_change_sign_with_the_sides():
     y = np.random.default_rng(0).normal(size=600)
     good, bad = .5 * y, -.2 * y
-    *_, forth = number_rows('volatility', 4, y, dict(network=good, other=bad), DAY, .95, 0)
-    *_, back = number_rows('volatility', 4, y, dict(network=bad, other=good), DAY, .95, 0)
+    *_, forth = number_rows('volatility', 4, y, dict(ensemble=good, other=bad), DAY, .95, 0)
+    *_, back = number_rows('volatility', 4, y, dict(ensemble=bad, other=good), DAY, .95, 0)
     assert forth['value'] == pytest.approx(-back['value']) and forth['value'] > 0
     assert (forth['lo'], forth['hi']) == pytest.approx((-back['hi'], -back['lo']))
 
 def test_explained_variance_of_planted_forecasts():
     y = np.random.default_rng(0).normal(size=600)
     y -= y.mean()
-    forecasts = dict(network=y, half=.5 * y, nothing=0 * y)
+    forecasts = dict(ensemble=y, half=.5 * y, nothing=0 * y)
     rows = number_rows('volatility', 4, y, forecasts, DAY, .95, 0)
-    assert scores_of(rows, 'R2') == pytest.approx(dict(network=1, half=.75, nothing=0))
-    assert scores_of(rows, 'QLIKE')['network'] == pytest.approx(0, abs=1e-12)
+    assert scores_of(rows, 'R2') == pytest.approx(dict(ensemble=1, half=.75, nothing=0))
+    assert scores_of(rows, 'QLIKE')['ensemble'] == pytest.approx(0, abs=1e-12)
 
 def test_labels_that_are_all_equal_explain_nothing():
     with pytest.raises(ValueError, match='volatility, horizon 4: the 600 labels are all equal'):
-        number_rows('volatility', 4, np.ones(600), dict(network=np.ones(600)), DAY, .95, 0)
+        number_rows('volatility', 4, np.ones(600), dict(ensemble=np.ones(600)), DAY, .95, 0)
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 999))
@@ -87,7 +87,7 @@ def test_what_is_missing_is_left_out_for_all(seed):
     rng = np.random.default_rng(seed)
     y = labels(seed)
     y[rng.random(600) < .1] = -1
-    forecasts = dict(network=probabilities(1), quiet=probabilities(2))
+    forecasts = dict(ensemble=probabilities(1), quiet=probabilities(2))
     forecasts['quiet'][rng.random(600) < .1, 1] = np.nan
     there = (y >= 0) & np.isfinite(forecasts['quiet']).all(1)
     by_hand = {k: p[there] for k, p in forecasts.items()}
@@ -98,17 +98,17 @@ def test_what_is_missing_is_left_out_for_all(seed):
 def test_up_or_down_forgets_the_band():
     y = np.array([0, 1, 2, -1])
     p = np.array([[.2, .6, .2], [.1, .1, .8], [.3, .4, .3], [.6, .2, .2]])
-    c = up_or_down(Comparison('direction', 4, 'class', y, dict(network=p), .5))
+    c = up_or_down(Comparison('direction', 4, 'class', y, dict(ensemble=p), .5))
     assert c.overlap == .5
     assert c.y.tolist() == [0, -1, 1, -1]
-    np.testing.assert_allclose(c.forecasts['network'], [[.5, .5], [1 / 9, 8 / 9], [.5, .5], [.75, .25]])
+    np.testing.assert_allclose(c.forecasts['ensemble'], [[.5, .5], [1 / 9, 8 / 9], [.5, .5], [.75, .25]])
 
 @pytest.mark.parametrize('timeframe, days', [('15m', .25), ('1h', 1.), ('4h', 4.), ('1D', 24.)])
 def test_overlap_is_the_horizon_in_days(timeframe, days):
     q = np.zeros((600, 1, 3))
     labels = dict.fromkeys(('direction', 'relative_direction', 'regime'), np.full((600, 1), -1))
     labels |= dict(relative=np.full((600, 1), np.nan), volatility=np.random.default_rng(0).normal(size=(600, 1)))
-    said = dict(network=dict(volatility=q), zero=dict(volatility=q))
+    said = dict(ensemble=dict(volatility=q), zero=dict(volatility=q))
     c, = comparisons((24,), labels, said, pd.Timedelta(timeframe))
     assert c.overlap == pytest.approx(days)
     rows = c.rows(DAY, .95)                                                     # 150 days
@@ -116,16 +116,16 @@ def test_overlap_is_the_horizon_in_days(timeframe, days):
 
 # ---- the judged one has any name
 
-def renamed(rows): return [dict(r, model={'mine': 'network'}.get(r['model'], r['model'])) for r in rows]
+def renamed(rows): return [dict(r, model={'mine': 'ensemble'}.get(r['model'], r['model'])) for r in rows]
 
-def mine(named): return {{'network': 'mine'}.get(k, k): v for k, v in named.items()}
+def mine(named): return {{'ensemble': 'mine'}.get(k, k): v for k, v in named.items()}
 
 @pytest.mark.parametrize('rows_of', [
     pytest.param(lambda f, **own: class_rows('direction', 4, labels(9), f(dict(
-        network=probabilities(0), plain=probabilities(1))), DAY, .95, 0, **own), id='classes'),
+        ensemble=probabilities(0), plain=probabilities(1))), DAY, .95, 0, **own), id='classes'),
     pytest.param(lambda f, **own: number_rows('volatility', 4, daily(0, 3, 600), f(dict(
-        plain=daily(0, 2, 600), network=daily(0, 1, 600))), DAY, .95, 0, **own), id='numbers'),
-    pytest.param(lambda f, **own: book_rows('size', 4, f(dict(network=book(daily(.001)), hold=book(daily(0, 1)))),
+        plain=daily(0, 2, 600), ensemble=daily(0, 1, 600))), DAY, .95, 0, **own), id='numbers'),
+    pytest.param(lambda f, **own: book_rows('size', 4, f(dict(ensemble=book(daily(.001)), hold=book(daily(0, 1)))),
                                             .95, **own), id='books'),
     pytest.param(lambda f, **own: gain_rows('direction', 4, 'R2', dict(hold=(1., 0., 2.)), 9, **own), id='gains'),
 ])
@@ -133,14 +133,14 @@ def test_the_judged_one_has_any_name(rows_of):
     assert renamed(rows_of(mine, own='mine')) == rows_of(dict)
 
 def test_who_is_not_there_is_not_judged():
-    said = dict(network=probabilities(0))
-    with pytest.raises(ValueError, match="nothing here is called 'ensemble': there are network"):
-        class_rows('direction', 4, labels(9), said, DAY, .95, 0, 'ensemble')
+    said = dict(ensemble=probabilities(0))
+    with pytest.raises(ValueError, match="nothing here is called 'oracle': there are ensemble"):
+        class_rows('direction', 4, labels(9), said, DAY, .95, 0, 'oracle')
     c = Comparison('direction', 4, 'class', labels(9), said, 1.)
-    pair = dict(network=daily(0), hold=daily(0, 1))
-    for judge in (lambda: c.rows(DAY, .95, 'ensemble'), lambda: behind(c, DAY, 'ensemble'),
-                  lambda: behind_anywhere([c], DAY, 'ensemble'), lambda: return_rows('size', 4, pair, .95, 'ensemble')):
-        with pytest.raises(ValueError, match="nothing here is called 'ensemble': there are network"): judge()
+    pair = dict(ensemble=daily(0), hold=daily(0, 1))
+    for judge in (lambda: c.rows(DAY, .95, 'oracle'), lambda: behind(c, DAY, 'oracle'),
+                  lambda: behind_anywhere([c], DAY, 'oracle'), lambda: return_rows('size', 4, pair, .95, 'oracle')):
+        with pytest.raises(ValueError, match="nothing here is called 'oracle': there are ensemble"): judge()
     with pytest.raises(ValueError, match='no sample has a label and every forecast'):
         Comparison('direction', 4, 'class', np.full(600, -1), said, 1.).rows(DAY, .95)
 
@@ -148,21 +148,21 @@ def test_who_is_not_there_is_not_judged():
 
 def test_auc_is_that_of_mann_and_whitney_and_only_of_two_classes():
     y, p = labels(9, 2), probabilities(0, 2)
-    rows = class_rows('up_or_down', 4, y, dict(network=p), DAY, .95, 0)
+    rows = class_rows('up_or_down', 4, y, dict(ensemble=p), DAY, .95, 0)
     want = stats.mannwhitneyu(p[y == 1, 1], p[y == 0, 1]).statistic / (y == 1).sum() / (y == 0).sum()
-    assert scores_of(rows, 'AUC') == pytest.approx(dict(network=want), abs=1e-12)
-    three = class_rows('direction', 4, labels(9), dict(network=probabilities(0)), DAY, .95, 0)
+    assert scores_of(rows, 'AUC') == pytest.approx(dict(ensemble=want), abs=1e-12)
+    three = class_rows('direction', 4, labels(9), dict(ensemble=probabilities(0)), DAY, .95, 0)
     assert scores_of(three, 'AUC') == {}
-    one = class_rows('up_or_down', 4, 0 * y, dict(network=p), DAY, .95, 0)
-    assert scores_of(one, 'AUC') == dict(network=None)
+    one = class_rows('up_or_down', 4, 0 * y, dict(ensemble=p), DAY, .95, 0)
+    assert scores_of(one, 'AUC') == dict(ensemble=None)
 
 def test_the_surest_half_and_tenth():
     y, p = labels(9), probabilities(0)
     order = np.argsort(-p.max(1))
     right = (p.argmax(1) == y)[order]
-    rows = class_rows('direction', 4, y, dict(network=p), DAY, .95, 0)
+    rows = class_rows('direction', 4, y, dict(ensemble=p), DAY, .95, 0)
     for metric, k in {'accuracy': 600, 'accuracy 50%': 300, 'accuracy 10%': 60}.items():
-        assert scores_of(rows, metric)['network'] == pytest.approx(right[:k].mean())
+        assert scores_of(rows, metric)['ensemble'] == pytest.approx(right[:k].mean())
 
 # ---- numbers
 
@@ -171,11 +171,11 @@ def test_qlike_forgives_one_constant(bias):
     "The least mean of exp(2 (e - c)) - 2 (e - c) - 1 over c, found by a minimiser"
     g = np.random.default_rng(0)
     y, f = g.normal(size=(2, 600))
-    rows = number_rows('volatility', 4, y.astype('float32'), dict(network=f + bias), DAY, .95, 0)
+    rows = number_rows('volatility', 4, y.astype('float32'), dict(ensemble=f + bias), DAY, .95, 0)
     e = y - f
     least = optimize.minimize_scalar(lambda c: np.mean(np.exp(2 * (e - c)) - 2 * (e - c) - 1), (-2, 2)).fun
-    assert scores_of(rows, 'QLIKE')['network'] == pytest.approx(least, rel=1e-5)
-    assert scores_of(number_rows('relative', 4, y, dict(network=f), DAY, .95, 0), 'QLIKE') == {}
+    assert scores_of(rows, 'QLIKE')['ensemble'] == pytest.approx(least, rel=1e-5)
+    assert scores_of(number_rows('relative', 4, y, dict(ensemble=f), DAY, .95, 0), 'QLIKE') == {}
 
 LEVELS = (.05, .1, .5, .9, .95)
 
@@ -183,15 +183,15 @@ def test_quantiles_by_hand():
     g = np.random.default_rng(0)
     y = g.normal(size=600)
     q = np.sort(g.normal(size=(600, 5)), 1)
-    rows = quantile_rows('volatility', 4, y, dict(network=q), LEVELS, DAY, 1.)
+    rows = quantile_rows('volatility', 4, y, dict(ensemble=q), LEVELS, DAY, 1.)
     pinball = np.mean([[max(t * (v - x), (t - 1) * (v - x)) for t, x in zip(LEVELS, line)] for v, line in zip(y, q)])
-    assert scores_of(rows, 'pinball')['network'] == pytest.approx(pinball)
+    assert scores_of(rows, 'pinball')['ensemble'] == pytest.approx(pinball)
     for i, j, share in (1, 3, .8), (0, 4, .9):
         inside = [lo <= v <= hi for v, lo, hi in zip(y, q[:, i], q[:, j])]
-        assert scores_of(rows, f'coverage {share:.0%}')['network'] == pytest.approx(np.mean(inside))
+        assert scores_of(rows, f'coverage {share:.0%}')['ensemble'] == pytest.approx(np.mean(inside))
         miss = np.maximum(q[:, i] - y, 0) + np.maximum(y - q[:, j], 0)
         want = (q[:, j] - q[:, i]).mean() + 2 / (1 - share) * miss.mean()
-        assert scores_of(rows, f'interval score {share:.0%}')['network'] == pytest.approx(want)
+        assert scores_of(rows, f'interval score {share:.0%}')['ensemble'] == pytest.approx(want)
     assert all(r['lo'] < r['value'] < r['hi'] for r in rows)
 
 @pytest.mark.parametrize('levels, found', [
@@ -202,7 +202,7 @@ def test_quantiles_by_hand():
 def test_intervals_are_reported_where_both_bounds_were_forecast(levels, found):
     assert [bounds(levels, share) for share in (.8, .9)] == found
     q = np.arange(float(len(levels))) + np.zeros((600, 1))
-    rows = quantile_rows('volatility', 4, daily(0, 0, 600), dict(network=q), levels, DAY, 1.)
+    rows = quantile_rows('volatility', 4, daily(0, 0, 600), dict(ensemble=q), levels, DAY, 1.)
     assert len(rows) == 1 + 2 * sum(x is not None for x in found)
 
 # ---- ranks
@@ -224,37 +224,37 @@ def residual(f, x):
 
 def test_rank_ics_are_spearmans_of_each_time():
     y, f, x, when = ranked()
-    rows = rank_rows('relative', 24, y, dict(network=f), when, when // 2, 1., x)
+    rows = rank_rows('relative', 24, y, dict(ensemble=f), when, when // 2, 1., x)
     def mean(score_of):
         each = [(score_of(f[when == t], x[when == t]), y[when == t]) for t in np.unique(when)]
         return np.mean([stats.spearmanr(a, b).statistic for a, b in each])
-    assert scores_of(rows, 'rank IC')['network'] == pytest.approx(mean(lambda f, x: f))
-    assert scores_of(rows, 'rank IC, neutral')['network'] == pytest.approx(mean(residual))
+    assert scores_of(rows, 'rank IC')['ensemble'] == pytest.approx(mean(lambda f, x: f))
+    assert scores_of(rows, 'rank IC, neutral')['ensemble'] == pytest.approx(mean(residual))
     assert {r['n'] for r in rows} == {80} and all(r['lo'] < r['value'] < r['hi'] for r in rows)
 
 def test_a_coin_whose_exposure_is_unknown_is_left_out_of_the_neutral_one_alone():
     y, f, x, when = ranked()
     gone = np.random.default_rng(1).random(len(y)) < .2
     holes = np.where(gone[:, None], [1., np.nan], 1) * x
-    plain, part = rank_rows('relative', 24, y, dict(network=f), when, when // 2, 1., holes)
+    plain, part = rank_rows('relative', 24, y, dict(ensemble=f), when, when // 2, 1., holes)
     kept = [a[~gone] for a in (y, f, x, when)]
-    _, by_hand = rank_rows('relative', 24, *kept[:1], dict(network=kept[1]), kept[3], kept[3] // 2, 1., kept[2])
+    _, by_hand = rank_rows('relative', 24, *kept[:1], dict(ensemble=kept[1]), kept[3], kept[3] // 2, 1., kept[2])
     assert part == by_hand
-    assert plain == rank_rows('relative', 24, y, dict(network=f), when, when // 2, 1.)[0]
+    assert plain == rank_rows('relative', 24, y, dict(ensemble=f), when, when // 2, 1.)[0]
 
 def test_what_is_all_volatility_has_no_neutral_rank():
     y, _, x, when = ranked()
-    said = dict(network=(3e-4 * (2 - x[:, 0])).astype('float32'), same=0 * y)
+    said = dict(ensemble=(3e-4 * (2 - x[:, 0])).astype('float32'), same=0 * y)
     rows = rank_rows('relative', 24, y, said, when, when // 2, 1., x)
-    assert scores_of(rows, 'rank IC, neutral') == dict(network=None, same=None)
-    assert scores_of(rows, 'rank IC')['network'] is not None
+    assert scores_of(rows, 'rank IC, neutral') == dict(ensemble=None, same=None)
+    assert scores_of(rows, 'rank IC')['ensemble'] is not None
     score = np.random.default_rng(0).normal(size=(5, 7))
     assert (neutral(score, score) == 0).all()
 
 def test_two_coins_have_no_rank():
     when = np.repeat(np.arange(100), 2)
     y, f = np.random.default_rng(0).normal(size=(2, 200))
-    row, = rank_rows('relative', 24, y, dict(network=f), when, when, 1.)
+    row, = rank_rows('relative', 24, y, dict(ensemble=f), when, when, 1.)
     assert (row['value'], row['n']) == (None, 0)
 
 def test_a_comparison_brings_what_it_carries():
@@ -263,15 +263,15 @@ def test_a_comparison_brings_what_it_carries():
     y = y.copy()
     y[::7] = np.nan
     there = np.isfinite(y)
-    c = Comparison('relative', 24, 'number', y, dict(network=f, zero=0 * f), 1., time=when, remove=x)
+    c = Comparison('relative', 24, 'number', y, dict(ensemble=f, zero=0 * f), 1., time=when, remove=x)
     rows = c.rows(day, .95)
-    cut = y[there], dict(network=f[there], zero=0 * f[there])
+    cut = y[there], dict(ensemble=f[there], zero=0 * f[there])
     want = number_rows('relative', 24, *cut, day[there], .95, 1.)
     want += rank_rows('relative', 24, *cut, when[there], day[there], 1., x[there])
     assert rows == want
     q = np.sort(np.random.default_rng(0).normal(size=(len(y), 5)), 1)
     q[5, 2] = np.nan
-    c = Comparison('volatility', 24, 'number', y, dict(network=f), 1., dict(network=q), LEVELS)
+    c = Comparison('volatility', 24, 'number', y, dict(ensemble=f), 1., dict(ensemble=q), LEVELS)
     assert {r['n'] for r in c.rows(day, .95)} == {there.sum() - there[5]}
 
 def test_comparisons_carry_quantiles_time_and_exposures():
@@ -279,12 +279,12 @@ def test_comparisons_carry_quantiles_time_and_exposures():
     labels = dict.fromkeys(('direction', 'relative_direction', 'regime'), np.full((600, 1), -1))
     labels |= dict(relative=g.normal(size=(600, 1)), volatility=g.normal(size=(600, 1)))
     q = np.sort(g.normal(size=(600, 1, 5)), 2)
-    said = dict(network=dict(volatility=q, relative=q[..., 0]), HAR=dict(volatility=q[..., 2:3]))
+    said = dict(ensemble=dict(volatility=q, relative=q[..., 0]), HAR=dict(volatility=q[..., 2:3]))
     x = g.normal(size=(600, 2))
     cs = comparisons((24,), labels, said, pd.Timedelta('1h'), LEVELS, np.arange(600) // 5, x)
     volatility, relative = sorted(cs, key=lambda c: c.target, reverse=True)
-    assert list(volatility.quantiles) == ['network'] and volatility.levels == LEVELS
-    assert (volatility.forecasts['network'] == q[:, 0, 2]).all()
+    assert list(volatility.quantiles) == ['ensemble'] and volatility.levels == LEVELS
+    assert (volatility.forecasts['ensemble'] == q[:, 0, 2]).all()
     metrics = {r['metric'] for c in (volatility, relative) for r in c.rows(DAY, .95)}
     assert metrics == {'R2', 'QLIKE', 'pinball', 'coverage 80%', 'coverage 90%', 'interval score 80%',
                        'interval score 90%', 'rank IC', 'rank IC, neutral'}
@@ -335,12 +335,12 @@ def test_classes_are_compared_by_log_loss():
     good, bad = probabilities(2), probabilities(3)
     good[np.arange(600), y] += .3
     good /= good.sum(1, keepdims=True)
-    c = Comparison('direction', 4, 'class', y, dict(network=good, bad=bad, twin=good), 0.)
+    c = Comparison('direction', 4, 'class', y, dict(ensemble=good, bad=bad, twin=good), 0.)
     table = behind(c, DAY).set_index('rival')
     assert table.score.unique().tolist() == ['log-loss']
     assert table.loc['bad', 'gain'] == pytest.approx(nll(y, bad).mean() - nll(y, good).mean())
     assert table.clear.to_dict() == dict(bad='ahead', twin='')
-    back = behind(replace(c, forecasts=dict(network=bad, good=good)), DAY)
+    back = behind(replace(c, forecasts=dict(ensemble=bad, good=good)), DAY)
     assert back.clear.tolist() == ['behind'] and back.t.item() == pytest.approx(-table.loc['bad', 't'])
 
 def test_too_few_days_tell_nothing_and_take_nothing_from_the_others():
@@ -355,19 +355,19 @@ def test_who_forecasts_no_quantiles_is_compared_without_them():
     g = np.random.default_rng(0)
     y, f = g.normal(size=(2, 600))
     q = np.sort(g.normal(size=(600, 5)), 1)
-    c = Comparison('volatility', 4, 'number', y, dict(network=f, other=q[:, 2]), 1., dict(other=q), LEVELS)
+    c = Comparison('volatility', 4, 'number', y, dict(ensemble=f, other=q[:, 2]), 1., dict(other=q), LEVELS)
     assert behind(c, DAY).score.tolist() == ['squared error', 'QLIKE']
     own = behind(c, DAY, 'other')
     assert own.score.tolist() == ['squared error', 'QLIKE']                    # and nobody to compare its own with
 
 def test_who_stands_alone_is_behind_nobody():
-    c = Comparison('direction', 4, 'class', labels(1), dict(network=probabilities(0)), 0.)
+    c = Comparison('direction', 4, 'class', labels(1), dict(ensemble=probabilities(0)), 0.)
     assert len(behind(c, DAY)) == len(behind_anywhere([], DAY)) == 0
 
 # ---- parts
 
 def test_rows_of_a_part_are_those_of_its_samples():
-    y, p = labels(1), dict(network=probabilities(0), plain=probabilities(1))
+    y, p = labels(1), dict(ensemble=probabilities(0), plain=probabilities(1))
     coin = np.array(['BTC/USDT', 'ETH/USDT', None])[np.arange(600) % 3]
     c = Comparison('direction', 4, 'class', y, p, .5)
     rows = split_rows(lambda where: scored([c], DAY, .95, where=where), dict(coin=coin, year=2020 + DAY // 75))
@@ -380,14 +380,14 @@ def test_rows_of_a_part_are_those_of_its_samples():
 
 def test_parts_that_say_nothing_are_left_out():
     y = np.where(np.arange(600) < 300, 0., daily(0, 0, 600))                  # the first half never moves
-    c = Comparison('volatility', 4, 'number', y, dict(network=0 * y), 0.)
-    k = Comparison('direction', 4, 'class', labels(1), dict(network=probabilities(0)), 0.)
+    c = Comparison('volatility', 4, 'number', y, dict(ensemble=0 * y), 0.)
+    k = Comparison('direction', 4, 'class', labels(1), dict(ensemble=probabilities(0)), 0.)
     halves = dict(half=np.arange(600) // 300, week=DAY // 7)
     rows = split_rows(lambda where: scored([c, k], DAY, .95, where=where), halves)
     assert {(r['part'], r['target']) for r in rows} == {('0', 'direction'), ('1', 'direction'), ('1', 'volatility')}
 
 def test_books_by_year():
-    returns = dict(network=daily(.001), hold=daily(0, 1))
+    returns = dict(ensemble=daily(.001), hold=daily(0, 1))
     year = np.repeat([2022, 2023], [365, 35])
     def rows_of(here): return return_rows('size', 24, {k: r[here] for k, r in returns.items()}, .95)
     rows = split_rows(rows_of, dict(year=year))
@@ -400,7 +400,7 @@ def test_a_large_report_is_made_in_seconds():
     g = np.random.default_rng(0)
     when = np.repeat(np.arange(500), 10)
     day = when // 2
-    names = ['network', *map(str, range(9))]
+    names = ['ensemble', *map(str, range(9))]
     def of(make): return {k: make() for k in names}
     def number(target, **more):
         return Comparison(target, 24, 'number', g.normal(size=5000), of(lambda: g.normal(size=5000)), 1., **more)
@@ -419,9 +419,9 @@ def test_a_large_report_is_made_in_seconds():
 
 def test_a_book_that_never_trades_has_no_sharpe_ratio_and_no_crash():
     still = account_for(np.full((1, 400), np.nan), np.ones((1, 400)), time=book(daily(0)).time)
-    rows = book_rows('size', 24, dict(network=still, hold=book(daily(.001))), .95)
+    rows = book_rows('size', 24, dict(ensemble=still, hold=book(daily(.001))), .95)
     ratios, even, certain = (scores_of(rows, metric) for metric in ('Sharpe', 'break-even bp', 'PSR'))
-    assert (ratios['network'], even['network'], list(certain)) == (0, None, ['hold'])
+    assert (ratios['ensemble'], even['ensemble'], list(certain)) == (0, None, ['hold'])
     assert gain_table(rows)['value'].tolist() == pytest.approx([-ratios['hold']])
 
 def test_break_even_is_the_side_cost_at_which_nothing_is_left():
@@ -429,7 +429,7 @@ def test_break_even_is_the_side_cost_at_which_nothing_is_left():
     path = np.cumprod(1 + rng.normal(.004, .01, 400))[None]
     target = np.where(np.arange(400) % 20 < 10, 1., 0)[None]
     def at(bp): return account_for(target, path, Costs(bp / 1e4, 0, 0))
-    even = {r['metric']: r['value'] for r in book_rows('size', 24, dict(network=at(0)), .95)}['break-even bp']
+    even = {r['metric']: r['value'] for r in book_rows('size', 24, dict(ensemble=at(0)), .95)}['break-even bp']
     assert np.log(at(even).equity[-1]) == pytest.approx(0, abs=.05 * np.log(at(0).equity[-1]))
 
 def test_books_in_other_cases_stand_beside():
@@ -440,19 +440,19 @@ def test_books_in_other_cases_stand_beside():
     when = pd.date_range('2020-01-01', periods=400, freq='D', tz='UTC')
     def at(bp, delay=0):
         costs = Costs(bp / 1e4, 0, 0)
-        return dict(network=account_for(target, path, costs, delay, time=when),
+        return dict(ensemble=account_for(target, path, costs, delay, time=when),
                     hold=account_for(np.ones_like(path), path, costs, delay, time=when))
     cases = {'2x costs': at(20), 'one bar late': at(10, 1)}
     rows = book_rows('size', 24, at(10), .95, cases=cases)
     for name, books in cases.items():
         want = {k: b.summary()['sharpe'] for k, b in books.items()}
         assert scores_of(rows, f'Sharpe, {name}') == pytest.approx(want)
-    plain, dear = (scores_of(rows, metric)['network'] for metric in ('Sharpe', 'Sharpe, 2x costs'))
+    plain, dear = (scores_of(rows, metric)['ensemble'] for metric in ('Sharpe', 'Sharpe, 2x costs'))
     assert plain > dear
     assert gain_table(rows).equals(gain_table(book_rows('size', 24, at(10), .95)))   # cases are no further comparisons
 
 def test_psr_of_books():
-    pair = dict(network=book(daily(.001)), hold=book(daily(0, 1)))
+    pair = dict(ensemble=book(daily(.001)), hold=book(daily(0, 1)))
     found = scores_of(book_rows('size', 24, pair, .95), 'PSR')
     for k, b in pair.items(): assert found[k] == pytest.approx(psr(b.daily()[1], 0, 365, True))
 
@@ -461,11 +461,11 @@ def test_psr_of_books():
     pytest.param(lambda: book(daily(0), start='2020-01-02'), id='a day later'),
 ])
 def test_books_of_other_days_are_refused(other):
-    pair = dict(network=book(daily(0)), hold=other())
-    with pytest.raises(ValueError, match='hold has .* days, network 400, and they are not the same'):
+    pair = dict(ensemble=book(daily(0)), hold=other())
+    with pytest.raises(ValueError, match='hold has .* days, ensemble 400, and they are not the same'):
         book_rows('size', 24, pair, .95)
     with pytest.raises(ValueError, match='hold has .* days, the book 400, and they are not the same'):
-        verdict('a book', pair['network'], dict(hold=pair['hold']), ONE)
+        verdict('a book', pair['ensemble'], dict(hold=pair['hold']), ONE)
 
 # ---- the word
 

@@ -1,8 +1,12 @@
 """Windows: any panel, any sample, against slicing by hand; nothing after the decision is read"""
+from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from cryptoml.data import DataError
-from cryptoml.windows import Scaler, Windows, batches, dates, describe, grid, missing, months, relate
+from cryptoml.data import DataError, to_panel
+from cryptoml.simulate import simulate
+from cryptoml.targets import realised_correlation
+from cryptoml.windows import (Scaler, Windows, batches, dates, describe, grid, memory, missing, months, relate,
+                              trailing_correlation, trailing_spans)
 
 
 def make(N, T, F, L, K, step, seed=0):
@@ -14,7 +18,8 @@ def make(N, T, F, L, K, step, seed=0):
     month = torch.arange(T) * 3 // T
     usable = torch.rand(N, T, generator=g) > .3
     labels = dict(y=torch.randn(N, T, 2, generator=g), k=torch.randint(3, (N, T), generator=g))
-    return Windows(past, future, static, pairs, month, usable, labels, L, K, step)
+    moves = torch.randn(N, T, generator=g).masked_fill(torch.rand(N, T, generator=g) < .05, torch.nan)
+    return Windows(past, future, static, pairs, month, moves, usable, labels, L, K, step, spans=(9, 14))
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,6 +48,8 @@ def test_batch_is_slicing(N, extra, F, L, K, step, W, apart, seed):
             assert torch.equal(b['y'][i, j], w.labels['y'][:, t])
             assert torch.equal(b['k'][i, j], w.labels['k'][:, t])
             assert torch.equal(b['present'][i, j], w.usable[:, t])
+            until = torch.cat([torch.full((N, 14), torch.nan), w.moves[:, :t + 1]], 1)[:, -14:]
+            torch.testing.assert_close(b['trailing'][i, j], trailing_correlation(until, w.spans), equal_nan=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,3 +251,56 @@ def test_batches_keep_order_without_a_generator_and_cover_with_one():
     shuffled = torch.cat(batches(ids, 10, torch.Generator().manual_seed(0)))
     assert len(shuffled) == 100 == len(shuffled.unique())       # the last three are less than half a batch
     assert len(batches(ids[:3], 10, torch.Generator().manual_seed(0))) == 1
+
+
+# ---- correlations just past
+
+def by_loop(moves, span, least):
+    "Fisher's z of each pair over the last bars, by its definition"
+    N = len(moves)
+    z = np.full((N, N), np.nan)
+    for i in range(N):
+        for j in range(N):
+            a, b = moves[i, -span:], moves[j, -span:]
+            both = np.isfinite(a) & np.isfinite(b)
+            if i == j or both.sum() < least: continue
+            a, b = a[both], b[both]
+            if (a ** 2).sum() * (b ** 2).sum() == 0: continue
+            rho = (a * b).sum() / np.sqrt((a ** 2).sum() * (b ** 2).sum())
+            z[i, j] = np.arctanh(np.clip(rho, -.999, .999))
+    return z
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), share=st.sampled_from([0, .2, .5]))
+def test_trailing_correlations_by_a_loop(seed, share):
+    rng = np.random.default_rng(seed)
+    moves = rng.normal(0, .01, (4, 60)) + rng.normal(0, .01, 60)
+    moves[3] = 2 * moves[0]                                       # as close as can be
+    if seed % 2: moves[2] = 0                                     # a feed that stands still
+    moves[rng.random(moves.shape) < share] = np.nan
+    got = trailing_correlation(torch.from_numpy(moves), (10, 24, 60)).numpy()
+    for k, (span, least) in enumerate([(10, 8), (24, 18), (60, 45)]):
+        np.testing.assert_allclose(got[..., k], by_loop(moves, span, least), atol=1e-9)
+    assert np.array_equal(got, got.transpose(1, 0, 2), equal_nan=True)
+
+
+def test_a_window_that_has_passed_is_the_label_of_its_first_bar(bars=48):
+    "Where a bar opens at the close of the one before"
+    market = to_panel(simulate(3, 400, seed=1).bars)
+    values = market.values.copy()
+    opens = values[:, :, market.columns.index('open')]
+    values[:, :-1, market.columns.index('close')] = opens[:, 1:]
+    market = replace(market, values=values)
+    z = realised_correlation(market, bars)
+    moves = torch.from_numpy(np.diff(np.log(market['close']), axis=1, prepend=np.nan))
+    for t in (60, 200, 330):                                      # the returns of bars t + 1 to t + bars
+        passed = trailing_correlation(moves[:, :t + bars + 1], (bars,))[..., 0]
+        np.testing.assert_allclose(passed, z[:, t], atol=1e-5)
+
+
+def test_no_bar_length_needs_more_past_than_a_forecaster_has():
+    for timeframe in ('1m', '5m', '15m', '1h', '4h', '12h', '1d'):
+        spans = trailing_spans(timeframe)
+        assert list(spans) == sorted(spans) and spans[0] >= 8
+        assert spans[-1] <= memory(timeframe)
