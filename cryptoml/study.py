@@ -22,7 +22,7 @@ from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
 from .baselines import PAST, book_scores
 from .boosting import why_no_trees
 from .calibration import ODD
-from .combined import Combined, Found, decisions, find, refit, seen, step, with_spread
+from .combined import Combined, Found, decisions, find, refit, seen, spoken_by, step
 from .compile import log
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, normalise_symbol, parse_timeframe
@@ -413,7 +413,7 @@ def check_names(others: dict):
 # %% ../nbs/42_study.ipynb #d9356ae0
 def in_table(c: Combined, said: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     "What members say of the targets of a table; of volatility all quantiles, and the mean"
-    spoken = {name: with_spread(f, c.blend.spread.get(name)) for name, f in said.items()}
+    spoken = spoken_by(said, c.blend.spread)
     return {name: {k: f[k] for k in (*TASKS, 'mean_volatility') if k in f} for name, f in spoken.items()}
 
 def of_the_past(study: Study, c: Combined, here) -> dict[str, dict[str, np.ndarray]]:
