@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
 from .baselines import N_CLASSES, Seen
-from .boosting import BOOSTED, PLAIN, Forests, NoTrees, Task, along, arrays_of, boosted_of, line
-from .boosting import RIDGES as ON_A_LINE
+from .boosting import Forests, NoTrees, Task, along, arrays_of, boosted_of, line
 
 # %% ../nbs/27_members.ipynb #2018faa6
 TASKS = {k: Task(n) for k, n in N_CLASSES.items()} | dict(relative=Task(), volatility=Task())   # By target
@@ -90,9 +89,9 @@ class Lines:
 
 # %% ../nbs/27_members.ipynb #be5e774e
 Member = Lines | Forests
-TREES = {                                     # Name to the ridges of the line before the trees, and their targets
-    'boosting': (PLAIN, tuple(BOOSTED)),
-    'boosted residual': (ON_A_LINE, ('volatility',)),
+TREES = {
+    'boosting': dict(),
+    'boosted residual': dict(targets=('volatility',), on_har=True),
 }
 
 def find_members(
@@ -102,7 +101,7 @@ def find_members(
     "Every member, its settings found on validation and fitted to training"
     found = {name: Lines.find(recipe, train, valid) for name, recipe in LINES.items()}
     found = {name: m for name, m in found.items() if m.weights}
-    try: return found | {name: Forests.find(train, valid, *how) for name, how in TREES.items()}, []
+    try: return found | {name: Forests.find(train, valid, **how) for name, how in TREES.items()}, []
     except NoTrees as e: return found, [str(e)]
 
 # %% ../nbs/27_members.ipynb #67e7f2ed

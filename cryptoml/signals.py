@@ -38,7 +38,7 @@ class Signal(TypedDict):
 
 # %% ../nbs/50_signals.ipynb #dfe77d69
 POSITIVE = ('price', 'sigma', 'volatility')
-NUMBERS = ('price', 'direction', 'quantiles', 'volatility', 'regime', 'score', 'sigma', 'confidence', 'rarity')
+NUMBERS = ('price', 'direction', 'intervals', 'volatility', 'regime', 'score', 'sigma', 'confidence', 'rarity')
 
 def leaves(x) -> list:   # The values inside lists and mappings
     if isinstance(x, dict): x = list(x.values())
@@ -150,15 +150,15 @@ def forecast_in_words(
     least: float | None,     # Confidence asked for
 ) -> list[str]:
     j, h = book.places[0], book.horizons[0]
-    d, q, v = p['direction'][j], p['quantiles'][j], p['volatility'][j]
-    low, high = p['quantile_levels'][0], p['quantile_levels'][-1]
+    d, v = p['direction'][j], p['volatility'][j]
+    share, (low, high) = p['interval_levels'][-1], p['intervals'][j][-1]
     regime = max(p['regime'], key=p['regime'].get)
     asked = f', {least:.2f} asked for' if least is not None else ''
     above = f'above the median coin {p["relative_up"][j]:.2f}; ' if book.kind == 'relative' else ''
     return [
         f'over {h} bars {above}up {d["UP"]:.2f}, down {d["DOWN"]:.2f}, sideways {d["SIDEWAYS"]:.2f}; '
         f'confidence {p["confidence"]:.2f}{asked}',
-        f'median move {q[len(q) // 2]:+.2%}, {low:.0%} to {high:.0%} of paths end between {q[0]:+.2%} and {q[-1]:+.2%}',
+        f'{share:.0%} of moves end between {low:+.2%} and {high:+.2%}',
         f'volatility {v:.2%} a bar, {v / p["sigma"]:.1f} times the recent; regime {regime} ({p["regime"][regime]:.2f})',
         f'{TOUCHED:.0%} of paths reach the stop-loss, and {TOUCHED:.0%} the take-profit, within {h} bars',
     ]

@@ -2,8 +2,8 @@
 
 The account below is written for this test alone: units, cash and orders at the next open, in plain Python.
 """
-import os
-from dataclasses import asdict, dataclass, replace
+import copy, os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,7 @@ class Desk:
     plans: dict
     bars: pd.DataFrame
     funding: pd.DataFrame | None
+    intervals: dict = field(default_factory=dict)     # Of coin and close, as `predict` said them
 
 def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), **declared):
     "With a network that was never trained: what it and the others say is judged like any other, and not refit"
@@ -71,6 +72,7 @@ def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), **declared):
     study = Study.of(to_panel(bars), horizons, funding=funding, **declared)
     f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
     judged = judge(f, f, study, most=8)
+    f = replace(f, bands=copy.deepcopy(judged.test.before))                     # as a model that was judged is shipped
     ai = UltimateTradingAI(dict(act_on='FAIL', horizons=list(horizons)), device='cpu')
     ai.snapshot = Snapshot(f, judged.terms)
     return Desk(study, ai, judged.test.plans, bars, funding), judged
@@ -90,7 +92,8 @@ def as_said(desk, t):
             continue
         said[symbol] = nothing | dict(
             faults=[], price=float(panel['close'][n, t]), direction=[dict(DOWN=.3, SIDEWAYS=.1, UP=.6)] * len(horizons),
-            quantiles=[[-.1, 0., .1]] * len(horizons), volatility=[.01] * len(horizons), regime=dict(BULL=1.),
+            interval_levels=[.8, .9], intervals=[[[-.1, .1]] * 2] * len(horizons), regime=dict(BULL=1.),
+            volatility=[.01] * len(horizons),
             sigma=float(desk.study.targets.sigma[n, t]), beta=float(desk.study.beta[n, t]), score=float(score[n, t]),
             correlation={k: float(v) for k, v in zip(panel.symbols, plan.correlation[n, :, t]) if np.isfinite(v)},
             confidence=.6, rarity=1.)
@@ -175,9 +178,23 @@ def through_predict(desk, first, hours):
         if now.hour % every and now > begin + pd.Timedelta('1D'): return False
         seen = desk.bars[(desk.bars.time < now) & (desk.bars.time >= now - need)]
         known = None if desk.funding is None else desk.funding[desk.funding.known <= now]
-        desk.ai.predict_sync(seen, now=now, funding=known)
+        said = desk.ai.predict_sync(seen, now=now, funding=known)
+        desk.intervals |= {(k, p['data_time']): p['intervals'] for k, p in said.items() if p['intervals']}
         return True
     return follow(desk, first, first + hours, predicted)
+
+def same_intervals(desk, judged, hours):
+    "A bot that learns from the labels of its own bars says the intervals that were judged"
+    panel, test = desk.study.panel, judged.test
+    first, seen = desk.study.bars('test').start, 0
+    for s, (n, t) in enumerate(zip(test.sample.coin, test.sample.bar)):
+        said = desk.intervals.get((panel.symbols[n], (panel.time[t] + panel.timeframe).isoformat()))
+        if said is None or t >= first + hours: continue
+        np.testing.assert_allclose(said, test.said[OWN]['return'][s], rtol=1e-5)
+        seen += 1
+    learnt = desk.ai.snapshot.forecaster.bands.each[0].scores
+    assert seen > hours / 8 and sum(len(t.came) for tails in learnt for t in tails) > \
+        sum(len(t.came) for tails in judged.test.before.each[0].scores for t in tails)
 
 @pytest.mark.parametrize('coins, bars, kind', [(3, 4800, 'timing'), (6, 4200, 'relative')])
 def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch, coins, bars, kind):
@@ -189,6 +206,7 @@ def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch, coins, bar
     assert judged.test.odd[judged.test.sample.bar < first + hours].any()
     assert book.turnover[:hours].sum() > .1
     np.testing.assert_allclose(made, book.equity[:hours], rtol=0, atol=1e-4)
+    same_intervals(desk, judged, hours)
 
 COINS = ['BTCUSDT', 'ETHUSDT', 'BNBUSDT', 'XRPUSDT', 'ADAUSDT']
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml.calibration import (ETA, KEEP, LEVELS, MOST, ODD, Familiar, Intervals, Said, Scores, arrays_of,
-                                  calibration_error, intervals_from, temperature, tempered)
+from cryptoml.calibration import (ETA, KEEP, LEVELS, MOST, ODD, Bands, Familiar, Intervals, Said, Scores, bands_arrays,
+                                  bands_of, calibration_error, interval_arrays, intervals_of, temperature, tempered)
 
 
 @given(st.integers(0, 10**6), st.floats(.5, 2))
@@ -74,7 +74,7 @@ def plainly(said, y, when, known, step):
             scores = sorted(past[f.group][k][-KEEP:])
             rank = math.ceil((len(scores) + 1) * (1 - a))
             own = scores[rank - 1] if rank <= len(scores) else 1.
-            reach.append(own * math.exp(c[f.group, k]))
+            reach.append(max(own, 0) * math.exp(c[f.group, k]))
         given.append((f.centre - reach[0] * f.below, f.centre + reach[1] * f.above))
     return np.array(given)
 
@@ -89,34 +89,85 @@ def history(n=700, seed=0):
     return said, y, when, when + 5
 
 
+def follow(i, said, y, when, known, begin=0):
+    "A history from some decision on; a decision is its place, and when"
+    what = [(s, int(t)) for s, t in enumerate(when)]
+    return i.follow(said[begin:], what[begin:], when[begin:], known[begin:], lambda d: y[d[0]])
+
+
 def test_intervals_equal_a_plain_second_implementation():
     said, y, when, known = history()
     i = Intervals(overlap=15)
-    assert i.follow(said, y, when, known)[:, 1] == pytest.approx(plainly(said, y, when, known, ETA / 15), abs=1e-12)
+    assert follow(i, said, y, when, known)[:, 1] == pytest.approx(plainly(said, y, when, known, ETA / 15), abs=1e-12)
 
 
 def test_a_history_in_two_halves_is_the_history_in_one():
     said, y, when, known = history()
-    one = Intervals(overlap=15).follow(said, y, when, known)
-    first = Intervals(overlap=15)
-    cut, learnt, given = 300, 0, []
-    def follow_on(i, s):
-        nonlocal learnt
-        while learnt < s and known[learnt] <= when[s]:
-            if np.isfinite(y[learnt]): i.learn(said[learnt], given[learnt], y[learnt])
-            learnt += 1
-        given.append(i.bounds(said[s]))
-    for s in range(cut): follow_on(first, s)
-    second = intervals_from(arrays_of(first), overlap=15)
-    for s in range(cut, len(said)): follow_on(second, s)
-    assert np.array_equal(np.stack(given), one)
+    one = follow(Intervals(overlap=15), said, y, when, known)
+    first, cut = Intervals(overlap=15), 300
+    begun = follow(first, said[:cut], y, when[:cut], known[:cut])
+    assert first.waiting                                     # labels that the second half will know
+    second = intervals_of(interval_arrays(first), overlap=15)
+    assert np.array_equal(np.concatenate([begun, follow(second, said, y, when, known, cut)]), one)
+
+
+def test_bands_are_the_intervals_of_each_horizon_in_any_order_of_the_samples():
+    rng = np.random.default_rng(4)
+    coin, when = (x.ravel() for x in np.indices((3, 150)))
+    reach, third = rng.uniform(.5, 2, (450, 2)), rng.integers(0, 3, 450)
+    y, wait = rng.standard_t(3, (450, 2)) * reach, np.array([3, 9])
+    y[rng.random((450, 2)) < .05] = np.nan
+    odd = rng.random(450) < .1
+    given = Bands([6, 18]).follow(reach, third, coin, when, wait, y, odd)
+    order = np.lexsort((coin, when))
+    for j in range(2):
+        said = [Said(0., 1.6449 * r, 1.6449 * r, int(g)) for r, g in zip(reach[order, j], third[order])]
+        t, outcome = when[order], np.where(odd, np.nan, y[:, j])[order]
+        assert np.array_equal(given[order, j], follow(Intervals([6, 18][j]), said, outcome, t, t + wait[j]))
+    mixed = rng.permutation(450)
+    again = Bands([6, 18]).follow(reach[mixed], third[mixed], coin[mixed], when[mixed], wait, y[mixed], odd[mixed])
+    assert np.array_equal(again, given[mixed])
+
+
+@pytest.mark.parametrize('reach, known', [
+    ([1., 1.], [3, 5]),
+    ([np.inf, 1.], [9, 11]),
+    ([1.7e308, 1.], [9, 11]),
+    ([0., 1.], [9, 11]),
+    ([np.nan, 1.], [9, 11]),
+], ids=str)
+def test_what_cannot_be_kept_does_not_wait(reach, known):
+    "An older decision than those that wait, or a distance that is no number: it is answered, and the state can be read"
+    b = Bands([6., 18.])
+    b.give(np.array([1., 1.]), 1, (0, 2), [6, 8])
+    with np.errstate(all='ignore'): b.give(np.array(reach), 1, (1, 1), known)
+    assert [len(i.waiting) for i in b.each] == [1, 1]
+    b.hear(10, lambda what, j: 1e300)
+    assert len(bands_of(bands_arrays(b), [6., 18.]).each[0].scores[1][0].came) == 1
+
+def test_a_label_that_is_beyond_all_numbers_teaches_nothing():
+    b = Bands([6.])
+    b.give(np.array([1e-300]), 1, (0, 2), [6])
+    with np.errstate(all='ignore'): b.hear(6, lambda what, j: 1e300)
+    assert not b.each[0].scores[1][0].came
+    bands_of(bands_arrays(b), [6.])
+
+def test_a_decision_waits_once_and_two_threads_may_ask():
+    b = Bands([6.])
+    for _ in range(3): b.give(np.array([1.]), 1, (0, 5), [9])
+    assert len(b.each[0].waiting) == 1
+    b.hear(8, lambda what, j: 1 / 0)                         # not known yet: nobody asks what came
+    b.hear(9, lambda what, j: .5)
+    assert not b.each[0].waiting and len(b.each[0].scores[1][0].came) == 1
+    back = bands_of(bands_arrays(b), [6.])
+    assert np.array_equal(back.bounds(np.array([2.]), 1), b.bounds(np.array([2.]), 1))
 
 
 def test_labels_change_nothing_before_they_are_known():
     said, y, when, known = history()
     changed = y.copy()
     changed[400:] = 50.
-    a, b = (Intervals(overlap=15).follow(said, v, when, known) for v in (y, changed))
+    a, b = (follow(Intervals(overlap=15), said, v, when, known) for v in (y, changed))
     same = when < known[400]
     assert np.array_equal(a[same], b[same]) and not np.array_equal(a, b)
 
@@ -128,7 +179,7 @@ def test_coverage_of_heavy_tails_in_every_third(level):
     group = rng.integers(0, 3, n)
     y = rng.standard_t(3, n) * np.array([.5, 1., 3.])[group]
     said = [Said(0., 1., 1., int(g)) for g in group]
-    b = Intervals(overlap=6).follow(said, y, np.arange(n), np.arange(n) + 6)[:, LEVELS.index(level)]
+    b = follow(Intervals(overlap=6), said, y, np.arange(n), np.arange(n) + 6)[:, LEVELS.index(level)]
     inside = (y > b[:, 0]) & (y < b[:, 1])
     assert np.isfinite(b).all()
     for g in range(3): assert inside[(group == g) & (np.arange(n) > 3000)].mean() == pytest.approx(level, abs=.01)
@@ -141,11 +192,17 @@ def test_coverage_of_heavy_tails_in_every_third(level):
     dict(scores=np.zeros((3, 2, 7))),
     dict(scores=np.full((3, 2, KEEP), np.inf)),
     dict(scores=np.where(np.arange(KEEP) == 5, 1., np.nan) * np.ones((3, 2, 1))),
+    dict(waiting=np.zeros((2, 3), np.int64)),
+    dict(waiting=np.zeros((1, 3)), said=np.ones((1, 4)), given=np.zeros((1, 2, 2))),
+    dict(waiting=np.zeros((1, 3), np.int64), said=np.array([[0., 1, 1, 3]]), given=np.zeros((1, 2, 2))),
+    dict(waiting=np.zeros((1, 3), np.int64), said=np.array([[0., 1, 0, 1]]), given=np.zeros((1, 2, 2))),
+    dict(waiting=np.zeros((1, 3), np.int64), said=np.ones((1, 4)), given=np.array([[[1., -1], [0, 0]]])),
+    dict(waiting=np.array([[5, 0, 0], [4, 0, 0]]), said=np.ones((2, 4)), given=np.zeros((2, 2, 2))),
 ])
 def test_a_state_that_no_label_can_have_given_is_refused(wrong):
-    state = arrays_of(Intervals(overlap=6))
+    state = interval_arrays(Intervals(overlap=6))
     with pytest.raises(ValueError, match='no state of|no label can have given'):
-        intervals_from(state | wrong, overlap=6)
+        intervals_of(state | wrong, overlap=6)
 
 
 def rows(rng, n, F=30):

@@ -88,7 +88,7 @@ def test_what_is_left_out_changes_nothing(trained, study, tmp_path):
 
 def test_two_networks_speak_as_one(trained, study):
     model = trained[1]
-    one = [Combined([f], {}, model.blend, model.familiar) for f in model.networks]
+    one = [Combined([f], {}, model.blend, model.familiar, model.bands) for f in model.networks]
     sample = decisions(model.first, study.inputs, study.parts['test'])[:50]
     apart = [c.say(study.inputs, study.targets.sigma, sample)['network'] for c in one]
     both = model.say(study.inputs, study.targets.sigma, sample)['network']

@@ -505,7 +505,7 @@ def test_a_late_stamp_is_the_same_bar(desk, late):
     t.iloc[desk.mine[-1]] += pd.Timedelta(late)
     p, _ = desk.act(desk.bars.assign(time=t), desk.now)
     assert (p['faults'], p['data_time'], p['price']) == ([], desk.said['data_time'], desk.said['price'])
-    np.testing.assert_allclose(p['quantiles'], desk.said['quantiles'], atol=1e-5)   # a bar more of history was given
+    np.testing.assert_allclose(p['intervals'], desk.said['intervals'], atol=1e-5)   # a bar more of history was given
 
 @pytest.mark.parametrize('off', ['7min', '30min'])
 def test_off_the_grid(desk, off):
@@ -1096,6 +1096,9 @@ FORGED_PARTS = {   # file and what is made of its arrays
     'another width of the familiar': ('familiar', every(lambda v: v[:-1], 'mean')),
     'a familiar that is infinite': ('familiar', every(lambda v: v + torch.inf)),
     'a spread of 0': ('familiar', every(lambda v: 0 * v, 'spread')),
+    'an interval that learnt from infinity': ('bands', every(lambda v: v + torch.inf, '0/scores')),
+    'an offset beyond a factor of two': ('bands', every(lambda v: v + 1, '0/offset')),
+    'no intervals': ('bands', lambda a: {k: v for k, v in a.items() if k[0] != '0'}),
     'no usual rows': ('familiar', lambda a: {k: v for k, v in a.items() if k != 'usual'}),
 }
 

@@ -31,6 +31,8 @@ def written(**changed):
         relative_up=[.5, .55],
         quantile_levels=[.05, .5, .95],
         quantiles=[[-.01, .001, .012], [-.03, .004, .04]],
+        interval_levels=[.8, .9],
+        intervals=[[[-.009, .01], [-.012, .013]], [[-.028, .03], [-.036, .039]]],
         volatility=[.005, .006],
         volatility_quantiles=[[.003, .005, .008]] * 2,
         regime=dict(zip(REGIMES, (.5, .1, .3, .1))),
@@ -74,6 +76,7 @@ def predictions(draw):
         relative_up=[draw(real(0, 1))],
         quantile_levels=[.05, .25, .5, .75, .95],
         quantiles=[draw(rising(-.7, .7))],
+        intervals=[[[-draw(real(0, .7)), draw(real(0, .7))] for _ in range(2)]],
         volatility=[volatility[2]],
         volatility_quantiles=[volatility],
         regime=dict(zip(REGIMES, draw(shares(4)))),
@@ -240,7 +243,7 @@ def test_a_signal_speaks_of_the_horizon_that_was_judged(horizons, place):
     "Not of the longest: words, stop-loss and take-profit are of the declared one"
     def by_horizon(x): return [x * (j + 1) for j in range(len(horizons))]
     p = written(horizons=list(horizons), direction=[dict(DOWN=.3, SIDEWAYS=.3, UP=.4)] * len(horizons),
-                relative_up=by_horizon(.1), quantiles=[[-.01, .001, .012]] * len(horizons), volatility=by_horizon(.002))
+                relative_up=by_horizon(.1), intervals=[[[-.01, .012]] * 2] * len(horizons), volatility=by_horizon(.002))
     terms = replace(TERMS, book=Declared.of('timing', 2, horizons, '1h').plain())
     s = make_signal(p, terms, 0., LATER)
     h, usual = horizons[place], .002 * (place + 1) * horizons[place] ** .5
@@ -253,7 +256,7 @@ WRONG = dict(
     confidence=lambda bad: bad,
     score=lambda bad: bad,
     rarity=lambda bad: bad,
-    quantiles=lambda bad: [[bad, bad, bad]] * 2,
+    intervals=lambda bad: [[[bad, bad]] * 2] * 2,
 )
 
 @pytest.mark.parametrize('key', WRONG)

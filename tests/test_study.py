@@ -77,7 +77,7 @@ def test_each_baseline_and_each_other_network_is_a_row(judged):
     rows = test.rows()
     who = {r['target']: set() for r in rows}
     for r in rows:
-        if r['horizon'] == 12: who[r['target']].add(r['model'])
+        if r['horizon'] == (24 if r['target'] == 'correlation' else 12): who[r['target']].add(r['model'])
     nets, trees = {'ensemble', 'network', 'LSTM'}, {'majority', 'momentum', 'logistic', 'boosting'}
     assert who == dict(
         direction=nets | trees | {'persistence'},
@@ -88,8 +88,11 @@ def test_each_baseline_and_each_other_network_is_a_row(judged):
         relative=nets | {'majority', 'momentum', 'low volatility', 'ridge', 'boosting'},
         book={'ensemble', 'LSTM', 'hold', 'momentum', 'low volatility', 'ensemble with stops'},
         reach={'ensemble'},
+        correlation={'ensemble', 'past window'},
+        **{'return': {'ensemble', 'rolling quantiles'}},
     )
-    assert len(gain_table(rows)) == sum(len(c.forecasts) - 1 for c in test.comparisons) + len(test.books) - 1
+    gains = sum(len(c.forecasts) - 1 for c in test.comparisons if c.kind != 'interval')      # and one of correlations
+    assert len(gain_table(rows)) == gains + 1 + len(test.books) - 1
     assert not test.absent
 
 def test_another_network_changes_no_figure_of_the_others(judged):
