@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AGES', 'OF_A_BOT', 'PANDAS', 'Config', 'checkpoint_folder', 'told', 'differences', 'check_followed',
-           'with_its_ledger', 'clock', 'stored_name', 'Decision', 'held_weights', 'next_decision', 'own_settings',
-           'AsyncTwins', 'UltimateTradingAI', 'integrate_with_existing_bot']
+           'with_its_ledger', 'clock', 'stored_name', 'nothing_said', 'Decision', 'held_weights', 'next_decision',
+           'own_settings', 'AsyncTwins', 'UltimateTradingAI', 'integrate_with_existing_bot']
 
 # %% ../nbs/52_integration.ipynb #75a0acd8
 import asyncio, contextlib, hashlib, json, threading, warnings
@@ -24,7 +24,8 @@ from .ledger import read_ledger
 from .newest import Prediction, Snapshot, predict_newest, without_forecast
 from .policy import Policy, PolicyState
 from .settings import RULES, Rule, check_settings, is_number, one_of
-from .signals import ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, make_signal, parts_of_book
+from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
+                              parts_of_book)
 from .state import StateError, discard
 from .study import Study, Terms, Trained, heads_of, train_and_judge
 from .targets import HORIZONS
@@ -125,6 +126,7 @@ def with_its_ledger(terms: Terms) -> Terms:
                   'INCONCLUSIVE; bring its ledger along, and name it in CRYPTOML_LEDGER', stacklevel=3)
     return replace(terms, verdict='INCONCLUSIVE')
 
+# %% ../nbs/52_integration.ipynb #a53b790d
 def clock(now) -> pd.Timestamp:
     "The bot's clock; None: the wall clock"
     return pd.Timestamp.now('UTC') if now is None else to_utc([now])[0]
@@ -133,6 +135,17 @@ def stored_name(symbol) -> str:
     "A symbol as it would be stored, whatever it is"
     try: return normalise_symbol(symbol)
     except DataError: return str(symbol)
+
+
+def nothing_said(symbol: str, live: Snapshot | None) -> Signal:
+    "A signal about a coin of which there is no prediction"
+    if live is None: return hold(symbol, 'no model', ['no model: train, or load_state'])
+    horizon, coins = live.terms.declared.horizons[0], live.terms.symbols
+    if symbol in coins:
+        return hold(symbol, 'no prediction', [f'no prediction of {symbol} yet: call predict with its bars'], horizon)
+    known = live.terms.left_out.get(symbol)
+    left_out = f': it was left out of training ({known})' if known else f', which are {", ".join(coins)}'
+    return hold(symbol, 'not a coin', [f'not a coin of this model{left_out}'], horizon)
 
 # %% ../nbs/52_integration.ipynb #a04ff7b8
 class Decision(NamedTuple):
@@ -295,6 +308,10 @@ class UltimateTradingAI(AsyncTwins):
         if s is None: raise StateError('there is no model yet: train, or load_state')
         return s
 
+    def needed_history(self) -> int:
+        "Closed bars of every coin of the live model that a prediction needs"
+        return self.live().need
+
     @own_settings()
     def train_sync(self,
         data,                                # Bars: path, frame, dict from symbol to frame; see `read_bars`
@@ -352,10 +369,11 @@ class UltimateTradingAI(AsyncTwins):
         symbol: str,
         min_confidence: float | None = None,   # 0 to 1; None: the threshold measured in validation
         now=None,                              # The bot's clock; None: the wall clock
-    ) -> Signal | None:                        # None: no prediction of this coin yet, or not confident enough
-        "What to do about a coin, from its last prediction"
-        if (said := self._said.get(stored_name(symbol))) is None: return None
-        prediction, model = said
+    ) -> Signal:
+        "What to do about a coin, from its last prediction; HOLD with a reason where there is nothing to do"
+        name = stored_name(symbol)
+        if name not in self._said: return nothing_said(name, self.snapshot)
+        prediction, model = self._said[name]
         others = self._usable(model, clock(now))[1]
         return make_signal(prediction, model.terms, min_confidence, now, self.max_age, others, self.config.act_on)
 

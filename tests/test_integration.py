@@ -561,7 +561,7 @@ def test_a_model_has_seen_what_its_terms_say(tmp_path, fresh):
     else: assert pd.Timedelta('20D') < end - trained < (end - bars['time'].min()) / 4       # the test is a fifth
     def at(now):
         p = ai.predict_sync(bars[bars['time'] < now], S, now)
-        return p['in_sample'], said_of(ai.get_trading_signal(S, 0., now) or dict(reasoning=[]), 'in sample')
+        return p['in_sample'], said_of(ai.get_trading_signal(S, 0., now), 'in sample')
     assert at(end + 24 * H) == (False, False)
     assert at(trained - 24 * H) == (True, True)
     assert at(end - 24 * H) == (fresh, fresh)
@@ -594,13 +594,13 @@ def again(six):
 def test_one_coin_of_a_relative_book_brings_the_others(six):
     ai, bars, now = again(six)
     symbols = ai.live().terms.symbols
-    assert len(symbols) == 6 and all(ai.get_trading_signal(k, 0., now) is None for k in symbols)
+    assert len(symbols) == 6 and {ai.get_trading_signal(k, 0., now)['why'] for k in symbols} == {'no prediction'}
     one = ai.predict_sync(bars, S, now)
     assert one['symbol'] == S and np.isfinite([one['score'], one['beta'], one['confidence']]).all()
     said, book = {k: ai.get_trading_signal(k, 0., now) for k in symbols}, ai.target_weights(now)
     assert ai.predict_sync(bars, None, now)[S] == one
     assert {k: ai.get_trading_signal(k, 0., now) for k in symbols} == said
-    acting = {k: s for k, s in said.items() if s and s['action'] != 'HOLD'}
+    acting = {k: s for k, s in said.items() if s['action'] != 'HOLD'}
     assert {s['action'] for s in acting.values()} == {'BUY', 'SELL'}
     for k, s in acting.items():
         assert s['target'] == book[k] and abs(s['target']) == s['position_size'] and s['horizon'] == 24
@@ -859,7 +859,8 @@ def test_an_object_without_a_model(simulated, tmp_path):
     with pytest.raises(StateError): new.load_state()
     for call in (new.save_state, new.target_weights, predict):
         with pytest.raises(StateError, match='no model yet'): call()
-    assert new.get_trading_signal(S) is None
+    s = new.get_trading_signal(S)
+    assert (s['action'], s['why'], s['horizon']) == ('HOLD', 'no model', None)
     assert not (tmp_path/'absent').exists()
 
 @pytest.mark.parametrize('content, word', [

@@ -12,7 +12,7 @@ from cryptoml.calibration import ODD
 from cryptoml.gate import Declared
 from cryptoml.newest import Prediction
 from cryptoml.policy import Policy
-from cryptoml.signals import MaxAge, Signal, doubts, make_signal, parts_of_book
+from cryptoml.signals import HELD, MaxAge, Signal, doubts, make_signal, parts_of_book
 
 NOON = '2024-06-02T12:00:00+00:00'
 LATER = '2024-06-02 12:01'
@@ -98,6 +98,7 @@ def in_order(s, p):
     assert 0 <= s['confidence'] <= 1
     assert s['reasoning'] and all(map(str.strip, s['reasoning']))
     assert s['target'] is None or -1 <= s['target'] <= 1
+    assert (s['why'] in HELD) if s['action'] == 'HOLD' else s['why'] is None
     if s['action'] == 'HOLD':
         assert s['stop_loss'] is None and s['take_profit'] is None
         assert s['position_size'] < 1e-3
@@ -128,13 +129,12 @@ def test_any_finite_prediction(p, policy, least, measured):
     terms = replace(ONE, policy=asdict(policy), threshold=measured)
     asked = measured if least is None else least
     s = make_signal(p, terms, least, LATER)
-    if s is None: assert asked is None or p['confidence'] < max(asked, .5)
-    else:
-        in_order(s, p)
-        assert s['symbol'] == p['symbol']
-        assert s['data_time'] == p['data_time']
-        assert s['horizon'] == p['horizons'][-1]
-        if s['action'] != 'HOLD': acts_as_asked(s, p, policy, asked)
+    in_order(s, p)
+    assert s['symbol'] == p['symbol']
+    assert s['data_time'] == p['data_time']
+    assert s['horizon'] == p['horizons'][-1]
+    if s['action'] != 'HOLD': acts_as_asked(s, p, policy, asked)
+    if s['why'] in ('no threshold', 'not sure enough'): assert asked is None or p['confidence'] < max(asked, .5)
     asked_twice = make_signal(p, terms, least, LATER)
     assert asked_twice == s
 
@@ -156,7 +156,8 @@ def test_a_model_that_failed_holds_unless_asked(verdict, act_on, acts):
 @pytest.mark.parametrize('least', [None, 0., .3, .4])
 def test_a_confidence_under_one_half_is_never_enough(least):
     against = written(direction=[dict(DOWN=.6, SIDEWAYS=.1, UP=.3)] * 2, confidence=.3 / .9)
-    assert make_signal(against, replace(TERMS, threshold=.33), least, LATER) is None
+    s = make_signal(against, replace(TERMS, threshold=.33), least, LATER)
+    assert (s['action'], s['why'], s['target']) == ('HOLD', 'not sure enough', None)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(predictions(), min_size=1, max_size=6), policies, st.integers(0, 3))
@@ -265,9 +266,8 @@ def test_numbers_that_are_none(key, bad):
     "A network that answered nonsense is never acted on"
     p = written(**{key: WRONG[key](bad)})
     s = make_signal(p, TERMS, 0., LATER)
-    if s is not None:
-        in_order(s, p)
-        assert s['action'] == 'HOLD'
+    in_order(s, p)
+    assert s['action'] == 'HOLD'
 
 # ---- doubts
 
