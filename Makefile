@@ -7,8 +7,8 @@ BIN := .venv/bin
 .PHONY: demo test docs bench evidence lab notebooks clean
 .DELETE_ON_ERROR:
 
-# The planted truth of the simulated market is learnt in a dozen epochs; your own data get the default of the job.
-demo: EPOCHS ?= $(if $(DATA),,12)
+# The planted truth of the simulated market is learnt in ten epochs; your own data get the default of the job.
+demo: EPOCHS ?= $(if $(DATA),,10)
 demo: .venv/.ready
 	@$(BIN)/python -m cryptoml.jobs train $(if $(OUT),--out "$(OUT)") \
 	  $(if $(DATA),-p "data=$(DATA)") $(if $(SYMBOLS),-p "symbols=$(SYMBOLS)") \

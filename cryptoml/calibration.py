@@ -151,11 +151,14 @@ class Intervals:
         return given
 
     def hear(self, now: int, came: Callable):
-        "Learn from every label that is known by now; `came` tells it of a decision, NaN where there is none"
+        "Learn from every label known by now; `came` tells it of a decision: NaN there is none, None it cannot say yet"
+        unsaid = []
         while self.waiting and self.waiting[0].known <= now:
             w = self.waiting.popleft()
             y = came(w.what)
-            if np.isfinite(y): self.learn(w.said, w.given, y)
+            if y is None: unsaid.append(w)
+            elif np.isfinite(y): self.learn(w.said, w.given, y)
+        self.waiting.extendleft(reversed(unsaid))
 
     def follow(self,
         said: list[Said],       # In the order of time [S]

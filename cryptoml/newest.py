@@ -369,15 +369,16 @@ def of_book(view: View, ready: Ready, fc: dict) -> dict:
 
 # %% ../nbs/44_newest.ipynb #d3cde1db
 def what_came(view: View):   # -> function of a decision and the place of a horizon
-    "Log returns of earlier decisions, as far as the bars of a view tell; NaN where they do not"
+    "Log returns of earlier decisions; NaN where the bars of a view tell none, None where the coin is not among them"
     panel, horizons = view.panel, view.model.forecaster.config.horizons
     opens, first = np.log(panel['open']), panel.time.as_unit('us').asi8[0]
     place = {view.model.terms.symbols.index(k): n for n, k in enumerate(panel.symbols)}
     def came(decision, j):
         coin, close = decision
-        entry, n = (close - first) // (panel.timeframe // MICROSECOND), place.get(coin)
-        leave = entry + horizons[j]
-        return opens[n, leave] - opens[n, entry] if n is not None and 0 <= entry and leave < opens.shape[1] else np.nan
+        if coin not in place: return None
+        enter = (close - first) // (panel.timeframe // MICROSECOND)
+        leave, n = enter + horizons[j], place[coin]
+        return opens[n, leave] - opens[n, enter] if 0 <= enter and leave < opens.shape[1] else np.nan
     return came
 
 def too_late(bands: Bands, close: pd.Timestamp) -> list[str]:

@@ -145,6 +145,15 @@ def test_what_cannot_be_kept_does_not_wait(reach, known):
     b.hear(10, lambda what, j: 1e300)
     assert len(bands_of(bands_arrays(b), [6., 18.]).each[0].scores[1][0].came) == 1
 
+def test_a_label_that_cannot_be_told_yet_waits_on():
+    "A bot that asks about one coin tells nothing of the others"
+    b = Bands([6.])
+    for coin in (0, 1): b.give(np.array([1.]), 1, (coin, 2), [6])
+    b.hear(9, lambda what, j: .5 if what[0] == 1 else None)
+    assert [w.what for w in b.each[0].waiting] == [(0, 2)] and len(b.each[0].scores[1][0].came) == 1
+    b.hear(9, lambda what, j: -.5)
+    assert not b.each[0].waiting and list(b.each[0].scores[1][0].came) == pytest.approx([-.5 / 1.6449, .5 / 1.6449])
+
 def test_a_label_that_is_beyond_all_numbers_teaches_nothing():
     b = Bands([6.])
     b.give(np.array([1e-300]), 1, (0, 2), [6])
