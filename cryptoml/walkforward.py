@@ -165,9 +165,9 @@ def not_refit(trained: Trained, study: Study) -> dict[str, np.ndarray]:   # By t
     members = found.say(study.inputs, study.targets.sigma, trained.judged.test.sample)
     return in_table(found, {STALE: found.blend(members)})[STALE]
 
-def noisy(panel: Panel, seed: int = 0) -> Panel:
+def noisy(panel: Panel) -> Panel:
     "The same with a first coin whose prices and volumes are drawn anew at every bar"
-    rng, T = np.random.default_rng(seed), len(panel.time)
+    rng, T = np.random.default_rng(0), len(panel.time)
     values = panel.values.copy()
     def column(name): return panel.columns.index(name)
     prices = np.exp(rng.normal(0, .05, (2, T)))

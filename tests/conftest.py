@@ -26,6 +26,15 @@ def ledger(tmp_path, monkeypatch):
     monkeypatch.setenv('CRYPTOML_LEDGER', str(path))
     return path
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "Torch computes with one thread in this file"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 
 def forked(f):
     "Run f in a child and return its pid; the child never returns into pytest"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest, torch
+import pytest
 
 from examples import untrained
 from cryptoml.combined import save_combined, weigh
@@ -19,12 +19,7 @@ from cryptoml.simulate import simulate
 from cryptoml.study import Study, judge
 from cryptoml.verdict import OWN
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @dataclass
 class Paper:

@@ -33,12 +33,7 @@ S, OTHER, BROKEN = 'BTC/USDT', 'ETH/USDT', 'XRP/USDT'   # the last is a coin tha
 CONFIG = dict(size='small', horizons=[12, 24], seed=1, act_on='FAIL')   # whatever it is worth: one epoch is no training
 LONG = 600    # Seconds after which something hangs: never a measure of speed
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 # ---- a model, the newest bars, and what it says of them
 

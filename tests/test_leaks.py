@@ -67,12 +67,7 @@ OURS, THEIRS = world(5, often=.15), world(6, often=.05)
 BEGIN_TEST = OURS.bars.time.max() + HOUR - pd.Timedelta('20D')
 MID_TEST = BEGIN_TEST + pd.Timedelta('10D')
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 # ---- another future
 

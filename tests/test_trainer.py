@@ -90,13 +90,6 @@ def process(out, where='nowhere', n=0):
     command = [sys.executable, '-c', script, os.path.dirname(__file__), str(out), where, str(n)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
 
-@pytest.fixture(scope='module')
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
 def test_killed_again_and_again(tmp_path, one_thread):
     fit(tmp_path/'through')
     expected = bits(tmp_path/'through')
