@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['N_CLASSES', 'Fitted', 'HAR_SPANS', 'SHORTEST', 'TREND_SPAN', 'STANDSTILL', 'PAST', 'known', 'Seen', 'joined',
            'frequencies', 'past_class', 'followed', 'persistence', 'with_one', 'softmax_regression', 'har_spans',
-           'realised', 'past_volatility', 'har_inputs', 'least_squares', 'median_coin', 'trend', 'momentum',
-           'book_scores', 'PredictorOutput', 'linear_map', 'LinearPredictor', 'positions', 'Embed', 'LSTMPredictor',
-           'TransformerPredictor']
+           'realised', 'log_root', 'realised_by', 'past_volatility', 'har_inputs', 'least_squares', 'median_coin',
+           'trend', 'momentum', 'book_scores', 'PredictorOutput', 'linear_map', 'LinearPredictor', 'positions', 'Embed',
+           'LSTMPredictor', 'TransformerPredictor']
 
 # %% ../nbs/23_baselines.ipynb #897c3d42
 from collections.abc import Callable
@@ -150,9 +150,20 @@ def realised(
     def of_span(v):
         total = np.pad(np.cumsum(v, 1), ((0, 0), (span, 0)))
         return total[:, span:] - total[:, :-span]
-    s, n = of_span(np.where(there, r2, 0)), of_span(there.astype(float))
-    mean = np.maximum(s, 0) / np.maximum(n, 1)
+    return log_root(of_span(np.where(there, r2, 0)), of_span(there.astype(float)), span)
+
+def log_root(total: np.ndarray, n: np.ndarray, span: int) -> np.ndarray:   # Sums of squares, of how many
+    mean = np.maximum(total, 0) / np.maximum(n, 1)
     return np.where(n >= span / 2, 0.5 * np.log(mean + 1e-12), np.nan)
+
+def realised_by(close: np.ndarray, spans: list[int], last: bool = False) -> np.ndarray:   # [N, T, spans]
+    "The same over several spans; last: at the last bar alone, [N, 1, spans]"
+    if not last: return np.stack([realised(close, span) for span in spans], -1)
+    r2 = np.diff(np.log(close[:, -max(spans) - 1:]), axis=1) ** 2
+    there = np.isfinite(r2)
+    r2 = np.where(there, r2, 0)
+    def part(span): return log_root(r2[:, -span:].sum(1), there[:, -span:].sum(1), span)
+    return np.stack([part(span) for span in spans], -1)[:, None]
 
 # %% ../nbs/23_baselines.ipynb #47d22187
 SHORTEST = '6h'
@@ -161,23 +172,24 @@ def past_volatility(
     close: np.ndarray,   # Closes [N, T], NaN where missing
     horizons: tuple,     # Bars [H]
     timeframe,           # Length of a bar
+    last: bool = False,  # The last bar alone
 ) -> np.ndarray:         # [N, T, H]
     "Log realised volatility of the last bars, as many as the horizon, six and six hours at least"
     least = bars_of(SHORTEST, timeframe, 6)
-    return np.stack([realised(close, max(h, least)) for h in horizons], -1)
+    return realised_by(close, [max(h, least) for h in horizons], last)
 
 # %% ../nbs/23_baselines.ipynb #8e19c5ec
 def har_inputs(
     close: np.ndarray,     # Closes [N, T]
     calendar: np.ndarray,  # Calendar inputs [T, C]
     timeframe,             # Length of a bar
+    last: bool = False,    # The last bar alone
 ) -> np.ndarray:           # [N, T, 1 + 4 + C]
     "Regressors of HAR: a constant, log realised volatilities of the past spans, calendar"
-    N, T = close.shape
-    one = np.ones((N, T, 1))
-    past = np.stack([realised(close, k) for k in har_spans(timeframe)], -1)
-    hour = np.broadcast_to(calendar, (N, T, calendar.shape[1]))
-    return np.concatenate([one, past, hour], -1)
+    past = realised_by(close, har_spans(timeframe), last)
+    N, T = past.shape[:2]
+    hour = np.broadcast_to(calendar[-T:], (N, T, calendar.shape[1]))
+    return np.concatenate([np.ones((N, T, 1)), past, hour], -1)
 
 # %% ../nbs/23_baselines.ipynb #f2ded2ca
 def least_squares(
@@ -193,10 +205,9 @@ def least_squares(
 # %% ../nbs/23_baselines.ipynb #cfe6490c
 def median_coin(a: np.ndarray) -> np.ndarray:   # [N, T] -> [T]
     "Median over the coins that are there, NaN where none is"
-    there = np.isfinite(a).any(0)
-    out = np.full(a.shape[1], np.nan)
-    out[there] = np.nanmedian(a[:, there], 0)
-    return out
+    n, ordered = np.isfinite(a).sum(0), np.sort(a, axis=0)         # NaN goes last
+    def place(k): return np.take_along_axis(ordered, k[None], 0)[0]
+    return (place(np.maximum(n - 1, 0) // 2) + place(np.minimum(n // 2, len(a) - 1))) / 2
 
 # %% ../nbs/23_baselines.ipynb #695ec1d6
 TREND_SPAN = '14D'

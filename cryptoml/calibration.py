@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLDEST', 'HOTTEST', 'KEEP', 'ETA', 'MOST', 'LEVELS', 'ROLLING', 'NORMAL', 'RECENT', 'LEAST', 'CARRIED', 'ODD',
            'tempered', 'temperature', 'CalibrationError', 'calibration_error', 'Scores', 'Said', 'Waiting', 'Intervals',
-           'third_of', 'Bands', 'interval_arrays', 'intervals_of', 'bands_arrays', 'bands_of', 'Familiar']
+           'third_of', 'third_at', 'Bands', 'interval_arrays', 'intervals_of', 'bands_arrays', 'bands_of', 'Familiar']
 
 # %% ../nbs/35_calibration.ipynb #5273e9ca
 import math, threading
@@ -187,6 +187,18 @@ def third_of(
     bars = bars_of(RECENT, timeframe, LEAST)
     rank = pd.DataFrame(sigma.T).rolling(bars, min_periods=bars // 4).rank(pct=True).to_numpy().T
     return np.nan_to_num(np.ceil(3 * rank) - 1, nan=1).astype(int)
+
+def third_at(
+    sigma: np.ndarray,   # Trailing volatility per bar of one coin [T], NaN unknown
+    timeframe,           # Length of a bar
+) -> int:
+    "`third_of` at the last bar"
+    bars = bars_of(RECENT, timeframe, LEAST)
+    recent, now = sigma[-bars:], sigma[-1]
+    n = np.isfinite(recent).sum()
+    if n < bars // 4 or not np.isfinite(now): return 1
+    rank = (recent < now).sum() + ((recent == now).sum() + 1) / 2
+    return int(np.ceil(3 * rank / n)) - 1
 
 # %% ../nbs/35_calibration.ipynb #dc0b9669
 class Bands:

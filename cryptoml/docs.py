@@ -341,6 +341,7 @@ body:not([data-theme=light]) div.cell_output img{filter:invert(.92) hue-rotate(1
 SPHINX = dict(
     extensions=['myst_nb', 'sphinx.ext.mathjax'],
     nb_execution_mode='off',
+    nb_merge_streams=True,            # lines that were printed one by one are one text
     myst_enable_extensions=['dollarmath', 'amsmath', 'colon_fence', 'deflist'],
     myst_heading_anchors=4,
     numfig=True,

@@ -17,8 +17,9 @@ from typing import Callable
 import numpy as np
 from llvmlite import ir
 from numba import types
-from .compile import LEAN, NAMES, PRELUDE_KEY, load, log, text_of, with_names
+from .compile import LEAN, NAMES, PRELUDE_KEY, load, text_of, with_names
 from .data import EXTRA, LEVEL, judge, usable
+from .settings import log
 
 # %% ../nbs/10_engine.ipynb #f0f9b9f6
 BARS = (                                                  # columns of a bar; time: seconds since 1970

@@ -7,8 +7,8 @@ __all__ = ['FAMILIES', 'OWN', 'SOURCES', 'BROUGHT', 'INPUTS', 'STATED', 'KNOWN',
            'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'wanted', 'with_needed', 'reached', 'needs',
            'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step', 'epoch_us',
            'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
-           'compared_by', 'PanelStream', 'run_symbols', 'Coin', 'Aligned', 'History', 'Selection', 'by_coin',
-           'AdvancedFeatureEngineer']
+           'compared_by', 'PanelStream', 'run_symbols', 'Coin', 'Aligned', 'History', 'history_of', 'Selection',
+           'by_coin', 'AdvancedFeatureEngineer']
 
 # %% ../nbs/17_features.ipynb #c3e0e995
 import hashlib, os, struct, warnings
@@ -307,6 +307,11 @@ class Memory:
                              'start anew and feed the last bars')
         self._M = self._engine.restore(kept[32:])
 
+    def run(self, X: np.ndarray, number: np.ndarray):   # Bars [bars, inputs] as the engine reads them, their numbers
+        "Walk over many bars, of which nothing is wanted but what they leave behind"
+        try: self._engine.run(X, number, self._M)
+        except ValueError as e: raise DataError(f'{self.symbol}: {e} (call cryptoml.data.clean first)') from e
+
 # %% ../nbs/17_features.ipynb #b8222033
 class FeatureStream(Memory):
     "Features of one symbol, bar by bar"
@@ -451,6 +456,21 @@ class PanelStream:
         if np.isfinite(close).any(): self._before = close
         return e.compared.beside(Y, np.isfinite(close), e.hidden)
 
+    def catch_up(
+        self,
+        panel: Panel,   # Checked bars of these symbols
+        **sources,      # As in FeatureStream
+    ):
+        "Take in the bars of a panel at once, to go on from its last one as if they had come one by one"
+        if panel.symbols != self.symbols: raise DataError(f'a panel of {panel.symbols}, not of {self.symbols}')
+        history, e = history_of(panel), self._engineer
+        sources = check_sources(sources, e.used) if sources else {}
+        market = history.market() if e.needs_coins and len(self.symbols) > 1 else None
+        for n, stream in enumerate(self.streams.values()): stream.run(*history.bars(n, e.inputs, sources, market))
+        close = np.where(panel.mask, panel['close'], np.nan)
+        came = np.flatnonzero(panel.mask.any(0))
+        if len(came): self._before = close[:, came[-1]]
+
     def state(self) -> dict:
         "Symbol -> what its stream remembers, and what the coins have in common under ''"
         return {name: s.state() for name, s in self.streams.items()} | {'': self._before.tobytes()}
@@ -549,6 +569,12 @@ class History(Aligned):
             for t0 in range(0, self.T, PART): self.compare(asked.compared, made, crossed, t0)
         return A[asked.hidden:]
 
+def history_of(panel: Panel) -> History:
+    us = panel.time.as_unit('us').asi8
+    values = np.where(panel.mask[..., None], panel.values, np.nan)
+    coins = [Coin(s, dict(zip(panel.columns, values[n].T)), us) for n, s in enumerate(panel.symbols)]
+    return History(coins, panel.timeframe // MICROSECOND)
+
 # %% ../nbs/17_features.ipynb #bcd023a2
 class Selection:
     "What is asked for, and all that it needs"
@@ -623,13 +649,8 @@ class AdvancedFeatureEngineer(Selection):
 
     def transform_panel(self, panel: Panel, **sources) -> np.ndarray:
         "Features of a panel: float64 [N symbols, T bars, F features], a view of one array [F, N, T]"
-        sources = check_sources(sources, self.used)
-        N, T = panel.mask.shape
-        us = panel.time.as_unit('us').asi8
-        values = np.where(panel.mask[..., None], panel.values, np.nan)
-        coins = [Coin(s, dict(zip(panel.columns, values[n].T)), us) for n, s in enumerate(panel.symbols)]
-        Y = History(coins, panel.timeframe // MICROSECOND).features(self, sources)
-        return Y.reshape(-1, N, T).transpose(1, 2, 0)
+        Y = history_of(panel).features(self, check_sources(sources, self.used))
+        return Y.reshape(-1, *panel.mask.shape).transpose(1, 2, 0)
 
     def stream(self, symbol: str, timeframe='1h') -> FeatureStream:
         "A stream of one symbol, before its first bar"

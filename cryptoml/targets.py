@@ -6,7 +6,8 @@
 __all__ = ['SPAN', 'LEAST', 'BETA_SPAN', 'CLASSES', 'BAND', 'LARGEST', 'REGIMES', 'QUANTILE', 'TAU', 'FLOATS', 'HORIZONS',
            'SCALED_CLIP', 'RELATIVE_CLIP', 'bar_returns', 'sigma_span', 'trailing_sigma', 'trailing_beta', 'later',
            'forward_returns', 'pegged', 'direction', 'market_centre', 'above', 'realised_volatility', 'pair_window',
-           'enough_of', 'realised_correlation', 'regime_bars', 'regime', 'Targets', 'make_targets', 'path']
+           'enough_of', 'realised_correlation', 'regime_bars', 'regime', 'last_sums', 'regime_now', 'Targets',
+           'make_targets', 'path']
 
 # %% ../nbs/18_targets.ipynb #55094339
 from dataclasses import dataclass
@@ -202,6 +203,38 @@ def regime(panel: Panel) -> np.ndarray:
     label = np.select([volatility > threshold, tau > TAU, tau < -TAU], [3, 0, 1], 2).T
     known = (threshold.notna() & tau.notna()).to_numpy().T
     return np.where(panel.mask & known, label, -1).astype(np.int64)
+
+# %% ../nbs/18_targets.ipynb #2bffe245
+def last_sums(
+    x: np.ndarray,   # [N, T], NaN where missing
+    span: int,       # Bars
+) -> tuple[np.ndarray, np.ndarray]:   # Sums of the last `span` values at each bar, and how many were there [N, T]
+    there = np.isfinite(x)
+    def sums(v):
+        total = np.pad(np.cumsum(v, 1), ((0, 0), (span, 0)))
+        return total[:, span:] - total[:, :-span]
+    return sums(np.where(there, x, 0)), sums(there.astype(float))
+
+def regime_now(panel: Panel) -> np.ndarray:
+    "`regime` at the last bar, int64 [N]"
+    trend, short, past = regime_bars(panel.timeframe)
+    close = np.log(panel['close'][:, -(past + short + 1):])
+    r = np.diff(close, axis=1, prepend=np.nan)
+    total, n = last_sums(r ** 2, short)
+    mean = np.where(n >= short // 2, total.clip(min=0) / np.maximum(n, 1), np.nan)
+    volatility = np.sqrt(mean[:, -(past + 1):])
+    before = volatility[:, :-1]
+    enough = np.isfinite(before).sum(1) >= 2 * trend
+    threshold = np.full(len(r), np.nan)
+    quantile = np.quantile if np.isfinite(before).all() else np.nanquantile
+    if enough.any(): threshold[enough] = quantile(before[enough], QUANTILE, axis=1)
+    recent = r[:, -trend:]
+    there = np.isfinite(recent)
+    moves = np.where(there, recent, 0)
+    tau = moves.sum(1) / np.sqrt((moves ** 2).sum(1).clip(min=1e-12))
+    label = np.select([volatility[:, -1] > threshold, tau > TAU, tau < -TAU], [3, 0, 1], 2)
+    known = np.isfinite(threshold) & (there.sum(1) >= trend // 2)
+    return np.where(panel.mask[:, -1] & known, label, -1).astype(np.int64)
 
 # %% ../nbs/18_targets.ipynb #58ed743b
 FLOATS = ('ret', 'scaled', 'relative', 'volatility')   # NaN where missing; the others are classes, -1 where missing

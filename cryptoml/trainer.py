@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .settings import SettingError, check_settings
+from .settings import SettingError, check_settings, log
 from .state import append_line, generations, load, lock, replace_file, save
 
 # %% ../nbs/30_trainer.ipynb #a72e7c46
@@ -319,7 +319,7 @@ class _Training(_State):
         self.add(_row(epoch, train, valid, end))
         self.save()
         best = self.best_epoch == epoch and validate is not None
-        print(_line(self.history[-1]) + '  best' * best, flush=True)
+        log.info(_line(self.history[-1]) + '  best' * best)
 
 # %% ../nbs/30_trainer.ipynb #6dc8a195
 def _numbers(validate, model) -> dict[str, float]:

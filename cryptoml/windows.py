@@ -73,8 +73,10 @@ def calendar(
     time: pd.DatetimeIndex,  # Times, UTC [T]
 ) -> np.ndarray:             # float32 [T, 4], in CALENDAR's order
     "Hour of the day and day of the week on circles"
-    hour = 2 * np.pi * np.asarray(time.hour + time.minute / 60) / 24
-    day = 2 * np.pi * np.asarray(time.day_of_week + time.hour / 24) / 7
+    minutes = time.as_unit('us').asi8 // 60_000_000                # since a Thursday
+    hours, weekday = minutes // 60 % 24, (minutes // 1440 + 3) % 7
+    hour = 2 * np.pi * (hours + minutes % 60 / 60) / 24
+    day = 2 * np.pi * (weekday + hours / 24) / 7
     return np.stack([np.sin(hour), np.cos(hour), np.sin(day), np.cos(day)], -1).astype(np.float32)
 
 # %% ../nbs/19_windows.ipynb #937820e9

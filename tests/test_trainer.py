@@ -328,7 +328,7 @@ def mse_alone(m): return dict(mse=1.)
 def test_bad_callbacks(tmp_path, callbacks, says):
     with pytest.raises(TrainerError, match=says): trainer(tmp_path).fit(*callbacks)
 
-def test_parts_and_the_printed_line(tmp_path, capsys):
+def test_parts_and_the_line_that_is_told(tmp_path, capsys, caplog):
     def with_parts(m, b):
         v = loss(m, b)
         return v, dict(double=2 * v, one=1)
@@ -337,11 +337,10 @@ def test_parts_and_the_printed_line(tmp_path, capsys):
     assert h.train_one.tolist() == [1, 1]
     parts = ['train_double', 'train_one', 'train_loss', 'valid_loss', 'valid_score']
     assert list(h) == ['epoch', *parts, 'lr', 'skipped', 'seconds']
-    out, err = capsys.readouterr()
-    first, second = out.splitlines()
+    first, second = [r.getMessage() for r in caplog.records if r.name == 'cryptoml']
     assert first.startswith('epoch   1  train 0.') and '  valid 3.0000  lr 1.0e-02  ' in first
     assert first.endswith('  best') and not second.endswith('best')
-    assert err == ''                                   # no bar where there is no terminal
+    assert capsys.readouterr().err == ''               # no bar where there is no terminal
 
 def test_a_bar_at_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
