@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MOST', 'NODE', 'ZERO', 'KERNEL', 'RIDGES', 'PLAIN', 'ROUNDS', 'PATIENCE', 'SETTINGS', 'BOOSTED', 'SLIGHT',
-           'check_kinds', 'check_nodes', 'descend', 'compiled_descend', 'Trees', 'NoTrees', 'library', 'why_no_trees',
-           'tree_of', 'grown', 'Task', 'probabilities', 'ridge', 'line', 'along', 'Scale', 'Rows', 'One', 'grow',
-           'find', 'again', 'Boosted', 'forest_name', 'arrays_of', 'boosted_of', 'check_model', 'newest', 'only_har',
-           'Forests']
+           'check_kinds', 'check_nodes', 'descend', 'compiled', 'compiled_descend', 'below', 'compare',
+           'compiled_compare', 'Trees', 'NoTrees', 'library', 'why_no_trees', 'tree_of', 'grown', 'Task',
+           'probabilities', 'ridge', 'line', 'along', 'Scale', 'Rows', 'One', 'grow', 'find', 'again', 'Boosted',
+           'forest_name', 'arrays_of', 'boosted_of', 'check_model', 'newest', 'only_har', 'Forests']
 
 # %% ../nbs/26_boosting.ipynb #bae5c5ca
 import functools
@@ -87,18 +87,55 @@ import numpy as np
 from numba import from_dtype, njit, types
 {{source}}
 node = from_dtype(np.dtype({NODE}))
-kind = types.void(types.float64[:, ::1], node[::1], types.int64[::1], types.float64[:, ::1])
-run = njit(kind, nogil=True, error_model='numpy', cache=True)(descend)
+kind = types.void(types.float64[:, ::1], {{more}}node[::1], types.int64[::1], types.float64[{{out}}])
+run = njit(kind, nogil=True, error_model='numpy', cache=True)({{name}})
 '''
+
+def compiled(f, more: str = '', out: str = ':, ::1'):   # Its arguments between the inputs and the nodes; form of `out`
+    "A function that walks trees, compiled"
+    text = KERNEL.format(source=with_names(f), name=f.__name__, more=more, out=out)
+    made = load({f.__name__: (text, {})})[f.__name__]
+    if isinstance(made, Exception): raise made
+    return made.run
 
 @functools.cache
 def compiled_descend():
     "`descend`, compiled"
-    made = load({'descend': (KERNEL.format(source=with_names(descend)), {})})['descend']
-    if isinstance(made, Exception): raise made
-    return made.run
+    return compiled(descend)
 
 # %% ../nbs/26_boosting.ipynb #2f93c74e
+def below(node, v):
+    "Place of the child that a value leads to"
+    if v != v or (node.missing > 1 and abs(v) <= ZERO): left = node.missing & 1 == 1
+    else: left = v <= node.number
+    return node.left if left else node.right
+
+def compare(x, usual, nodes, starts, out):
+    "Add to each input of a row [S, F, C] what its leaves lose where that input alone has its usual value [F]"
+    for s in range(len(x)):
+        c = 0
+        for k in range(len(starts) - 1):
+            end = starts[k]
+            while nodes[end].feature >= 0: end = below(nodes[end], x[s, nodes[end].feature])
+            at = starts[k]
+            while at != end:
+                f = nodes[at].feature
+                first = starts[k]
+                while nodes[first].feature != f: first = below(nodes[first], x[s, nodes[first].feature])
+                other = at if first == at else end                 # asked about before on this way: done already
+                while nodes[other].feature >= 0:
+                    g = nodes[other].feature
+                    other = below(nodes[other], usual[f] if g == f else x[s, g])
+                out[s, f, c] += nodes[end].number - nodes[other].number
+                at = below(nodes[at], x[s, f])
+            c = c + 1 if c + 1 < out.shape[2] else 0
+
+@functools.cache
+def compiled_compare():
+    "`compare`, compiled"
+    return compiled(compare, 'types.float64[::1], ', ':, :, ::1')
+
+# %% ../nbs/26_boosting.ipynb #2f148a8b
 @dataclass(eq=False)
 class Trees:
     "Boosted trees that can be read; ValueError for arrays that are none. The arrays are those of KINDS."
@@ -148,6 +185,13 @@ class Trees:
         if x.ndim != 2 or x.shape[1] != inputs: raise ValueError(f'x {x.shape}, wanted [S, {inputs}]')
         out = np.zeros((len(x), outputs))
         compiled_descend()(np.ascontiguousarray(x, np.float64), self.nodes, self.starts, out)
+        return out
+
+    def contributions(self, x: np.ndarray, usual: np.ndarray) -> np.ndarray:   # [S, F], [F] -> [S, F, C]
+        "What the score loses where one input alone has its usual value"
+        out = np.zeros((*x.shape, self.shape[1]))
+        x, usual = (np.ascontiguousarray(v, np.float64) for v in (x, usual))
+        compiled_compare()(x, usual, self.nodes, self.starts, out)
         return out
 
 # %% ../nbs/26_boosting.ipynb #4b807046
@@ -402,6 +446,13 @@ class Boosted:
         z = self.scale(x)
         def score(one): return along(z, one.weights) + np.stack([trees.score(x) for trees in one.trees], 1)
         return self.task.forecast(np.stack([score(one) for one in self.each], 1))
+
+    def contributions(self, x: np.ndarray, usual: np.ndarray) -> np.ndarray:   # [S, F], [F] -> [S, F, H]
+        "What the mean loses where one input alone has its usual value; ValueError where it is no mean"
+        if self.task != Task(): raise ValueError(f'contributions are those to a mean, not to {self.task}')
+        away = self.scale(x) - self.scale(usual)
+        def one(m): return away * m.weights[:-1, 0, 0] + m.trees[0].contributions(x, usual)[..., 0]
+        return np.stack([one(m) for m in self.each], -1)
 
 # %% ../nbs/26_boosting.ipynb #c46b86c1
 def forest_name(j: int, k: int) -> str: return f'{j}.{k}.'    # Horizon and forest

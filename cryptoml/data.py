@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EARLIEST', 'LATEST', 'FIAT', 'STABLE', 'QUOTES', 'COINS', 'PRICES', 'CANDLE', 'EXTRA', 'LARGEST', 'JUMP', 'FAR',
-           'AGREE', 'WILD', 'WIDE', 'RECENT', 'LEVEL', 'FROZEN', 'DataError', 'parse_timeframe', 'bars_of', 'to_utc',
-           'check_span', 'Instrument', 'read_name', 'normalise_symbol', 'standard_names', 'bar_columns', 'NoSymbol',
-           'read_bars', 'market_frame', 'read_each', 'usable', 'accept', 'widest', 'away', 'flow', 'changed', 'judge',
-           'judge_far', 'accepted', 'DataReport', 'clean', 'Panel', 'to_panel', 'clean_each', 'read_panel', 'as_of',
-           'find_columns', 'check_columns', 'published', 'when_known', 'refuse_early', 'microseconds', 'source_rows',
-           'Store']
+           'AGREE', 'WILD', 'WIDE', 'RECENT', 'LEVEL', 'LOTS', 'FROZEN', 'DataError', 'parse_timeframe', 'bars_of',
+           'to_utc', 'check_span', 'Instrument', 'read_name', 'normalise_symbol', 'standard_names', 'bar_columns',
+           'NoSymbol', 'read_bars', 'market_frame', 'read_each', 'usable', 'accept', 'widest', 'away', 'flow',
+           'changed', 'judge', 'judge_far', 'accepted', 'DataReport', 'clean', 'Panel', 'to_panel', 'clean_each',
+           'opens_of', 'from_finer', 'resample', 'read_panel', 'as_of', 'find_columns', 'check_columns', 'published',
+           'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
 
 # %% ../nbs/00_data.ipynb #96761552
 import csv, datetime, functools, gzip, hashlib, html, json, math, os, re, sys
@@ -501,6 +501,7 @@ def _file_says(
 def _folder(
     path: Path,
     timeframe=None,        # Length of a bar, where files of several lengths lie there
+    finer: bool = False,   # Files of finer bars will do where there are none of this length
 ) -> dict[str, list]:      # Symbol as the files write it, to its files
     "The files of each coin in a folder"
     files = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(_ENDINGS) and not p.name.startswith('.')]
@@ -510,7 +511,10 @@ def _folder(
         raise DataError(f'the folder {path} holds {lost[0]}, whose name does not say whose bars it holds '
                         f'({len(lost)} of {len(files)} files): pass a dict from symbol to file')
     lengths = {length for _, length in files.values()}
-    if timeframe is not None: lengths &= {parse_timeframe(timeframe)}
+    if timeframe is not None:
+        wanted = parse_timeframe(timeframe)
+        made_of = [x for x in lengths if wanted % x == pd.Timedelta(0)] if finer else []
+        lengths &= {max(made_of, default=wanted)}
     if len(lengths) != 1:
         there = ', '.join(_name(_length(x)) for x in sorted({length for _, length in files.values()}))
         raise DataError(f'the files of {path} hold bars of {there}: pass timeframe, one of these')
@@ -523,13 +527,14 @@ def _folder(
 def _opened(
     data,            # Path, frame, list of candles, or dict from symbol to any of them
     timeframe=None,  # Length of a bar, for a folder that has several
+    finer: bool = False,   # Finer ones will do
 ):                   # The same with paths read: a dict is one from symbol to data, or from symbol to files
     "What a path holds, and a dict of columns as a table"
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
         if not os.path.isdir(path): data = _read_file(path)
         elif any(path.glob('*/[0-9]*.parquet')): data = Store(path).read()
-        else: data = _folder(path, timeframe)
+        else: data = _folder(path, timeframe, finer)
     if isinstance(data, dict) and {*PRICES} <= set(bar_columns(data)):
         try: return pd.DataFrame(data)
         except ValueError as e: raise DataError(f'the columns of the dict are no table: {e}') from None
@@ -727,9 +732,10 @@ def read_each(
     end=None,           # Open time of the first bar left out
     symbol: str = None, # Name of the symbol where the data has no symbol column
     timeframe=None,     # Length of a bar, for a folder that has several
+    finer: bool = False,   # Finer ones will do
 ) -> tuple:             # Bars as `read_bars` gives them; symbol to why it is left out
     "Bars of the coins that can be read; DataError where there is none, or for a symbol that nobody gave"
-    wanted, given = _wanted(symbols), _opened(data, timeframe)
+    wanted, given = _wanted(symbols), _opened(data, timeframe, finer)
     refused = {}
     try: bars = _all_bars(given, symbol, _named_by(data, wanted))
     except DataError:
@@ -790,9 +796,9 @@ def _check_one_timeframe(
 ):
     "Raise DataError where a symbol never has the spacing, or has another one again and again"
     def refuse(i, other, where=''):
-        raise DataError(
-            f'mixed timeframes: {names[i]} steps by {_name(other)}, not by {_name(us)}{where}: '
-            'pass bars of one timeframe')
+        finer = other < us and us % other == 0
+        todo = f'pass resample=True to put them together to {_name(us)}' if finer else 'pass bars of one timeframe'
+        raise DataError(f'mixed timeframes: {names[i]} steps by {_name(other)}, not by {_name(us)}{where}: {todo}')
     count = np.bincount(who, minlength=len(names))
     hits = np.bincount(who[spacing == us], minlength=len(names))
     for i in np.flatnonzero((hits == 0) & (count > 2)):
@@ -1028,7 +1034,7 @@ def accepted(
     return ok
 
 # %% ../nbs/00_data.ipynb #d276f5ae
-_LOTS = 100   # Times up or down, from which a volume may be in another unit
+LOTS = 100   # Times up or down, from which a volume may be in another unit
 
 def _volume_units(
     code: np.ndarray,    # Symbol numbers, sorted [n]
@@ -1037,7 +1043,7 @@ def _volume_units(
     "Where the volume goes on in another unit"
     some = np.flatnonzero(volume > 0)
     v = volume[some]
-    far = (v[1:] > _LOTS * v[:-1]) | (v[1:] * _LOTS < v[:-1])
+    far = (v[1:] > LOTS * v[:-1]) | (v[1:] * LOTS < v[:-1])
     found = []
     for i in np.flatnonzero(far & (code[some[1:]] == code[some[:-1]])) + 1:
         whole = RECENT <= i <= len(v) - RECENT and code[some[i - RECENT]] == code[some[i + RECENT - 1]]
@@ -1045,7 +1051,7 @@ def _volume_units(
         before, after = v[i - RECENT:i], v[i:i + RECENT]
         if not (after.min() > 10 * before.max() or before.min() > 10 * after.max()): continue
         ratio = np.median(after) / np.median(before)
-        if not 1 / _LOTS < ratio < _LOTS: found.append((int(some[i]), float(ratio)))
+        if not 1 / LOTS < ratio < LOTS: found.append((int(some[i]), float(ratio)))
     return found
 
 # %% ../nbs/00_data.ipynb #b05024eb
@@ -1055,13 +1061,15 @@ def _frozen(
     code: np.ndarray,          # Symbol numbers, sorted [n]
     t: np.ndarray,             # Open times [n]
     x: dict[str, np.ndarray],  # Columns, each [n]
+    parts: int = 1,            # Of how many of them a bar is put together
 ):                             # (defect, column, positions)
-    "The fifth and later of bars that are equal in all five numbers"
+    "The fifth and later of bars that are equal in all five numbers; of finer ones without volume as many as make five"
     moved = np.logical_or.reduce([x[c][1:] != x[c][:-1] for c in CANDLE])
     fresh = np.r_[True, (code[1:] != code[:-1]) | moved][:len(t)]
     bar = np.arange(len(t))
     first = np.maximum.accumulate(np.where(fresh, bar, 0))
-    yield 'frozen feed', 'price', np.flatnonzero(bar - first >= FROZEN - 1)
+    most = np.where(x['volume'] > 0, FROZEN, FROZEN * parts)
+    yield 'frozen feed', 'price', np.flatnonzero(bar - first >= most - 1)
 
 # %% ../nbs/00_data.ipynb #8b51b602
 @dataclass(repr=False)
@@ -1185,6 +1193,10 @@ def _digest(bars: pd.DataFrame, us: int) -> str:
     return sha.hexdigest()
 
 # %% ../nbs/00_data.ipynb #f5049074
+def _clock(now) -> int:
+    "Microseconds of a moment"
+    return (_instant(now) - pd.Timestamp(0, tz='UTC')) // pd.Timedelta(1, 'us')
+
 def _untimely(
     t: np.ndarray,   # Open times, microseconds [n]
     us: int,         # Length of a bar, microseconds
@@ -1194,7 +1206,7 @@ def _untimely(
     "Rows off the grid, from the future, or not closed yet"
     yield 'off the grid', 'time', np.flatnonzero(t % us != phase)
     if now is None: return
-    clock = (_instant(now) - pd.Timestamp(0, tz='UTC')) // pd.Timedelta(1, 'us')
+    clock = _clock(now)
     yield 'future bar', 'time', np.flatnonzero(t > clock)
     yield 'unclosed bar', 'time', np.flatnonzero((t <= clock) & (t + us > clock))
 
@@ -1218,6 +1230,7 @@ def _check(
     phase: int = 0,            # Where the grid begins
     now=None,                  # The clock, or None
     known=(),                  # (symbol number, time) of changes of unit that are not to be cut
+    parts: int = 1,            # Of how many of these bars one is put together
 ):                             # mask of usable rows [n], list of findings for `_tally`
     "Every defect of sorted rows"
     ok = np.ones(len(t), bool)
@@ -1238,7 +1251,7 @@ def _check(
     note('spike', 'price', left[away_from])
     found += _cut(ok, code, [(left[i], number * us + phase, ratio) for i, number, ratio in new], known)
     left, *rows = still()
-    for defect, column, i in _frozen(*rows): note(defect, column, left[i])
+    for defect, column, i in _frozen(*rows, parts): note(defect, column, left[i])
     left, codes, times, columns = still()
     found += [_unit_row('volume', 'kept', codes[i], times[i], ratio)
               for i, ratio in _volume_units(codes, columns['volume'])]
@@ -1341,6 +1354,7 @@ def clean(
     timeframe=None,  # '1h', or a Timedelta; the commonest spacing when None
     now=None,        # The clock, to find bars not closed and bars from the future; naive is UTC
     units=None,      # Changes of unit to join: {'QUICK/USDT': [('2023-07-21 08:00', 1000)]}, 1 old became 1000 new
+    parts: int = 1,  # Of how many of these bars one is [put together](#from-finer-bars)
 ) -> tuple:          # market frame of the usable bars, DataReport
     """Check every bar: wrong ones are dropped and counted, never repaired
 
@@ -1353,7 +1367,7 @@ def clean(
     numbers = {c: bars[c].to_numpy() for c in bars if c not in ('time', 'symbol')}
     joined, known = _joined(code, t, numbers, names, units)
     if joined: bars = bars.assign(**numbers)
-    ok, found = _check(code, t, numbers, us, phase, now, known)
+    ok, found = _check(code, t, numbers, us, phase, now, known, parts)
     defects = _tally([*rows.found, *joined, *found], names)
     if not ok.any():
         raise DataError(f'not a single usable bar in {len(t)} rows:\n{defects.to_string(index=False)}')
@@ -1448,9 +1462,10 @@ def _own_check(
     bars: pd.DataFrame,  # Of one coin
     timeframe,           # As in `clean`
     now,                 # As in `clean`
+    parts: int = 1,      # As in `clean`
 ):                       # DataReport, or the DataError that says why its bars cannot be used
     "The check of one coin by itself"
-    try: return clean(bars, timeframe, now)[1]
+    try: return clean(bars, timeframe, now, parts=parts)[1]
     except DataError as e: return e
 
 def _commonest(reports) -> pd.Timedelta | None:
@@ -1465,21 +1480,166 @@ def clean_each(
     timeframe=None,      # '1h', or a Timedelta; that of most bars when None
     now=None,            # The clock, to find bars not closed and bars from the future; naive is UTC
     units=None,          # As in `clean`
+    parts: int = 1,      # As in `clean`
 ) -> tuple:              # As `clean` gives it, with the coins that are left out in `report.refused`
     "Check every bar; a coin that cannot be checked with the others is left out"
-    try: return clean(bars, timeframe, now, units)
+    try: return clean(bars, timeframe, now, units, parts)
     except DataError:
         coins = dict(list(bars.groupby('symbol')))
         if timeframe is None: timeframe = _commonest(_own_check(x, None, now) for x in coins.values())
-        checked = {symbol: _own_check(x, timeframe, now) for symbol, x in coins.items()}
+        checked = {symbol: _own_check(x, timeframe, now, parts) for symbol, x in coins.items()}
         refused = {symbol: str(e).split(':\n')[0] for symbol, e in checked.items() if isinstance(e, DataError)}
         if len(coins) < 2 or not refused: raise
     if len(refused) == len(coins): raise DataError(f'no coin can be used: {_told(refused)}')
     joined = {name: change for name, change in (units or {}).items() if normalise_symbol(name) not in refused}
-    good, report = clean(bars[~bars['symbol'].isin(refused)], timeframe, now, joined)
+    good, report = clean(bars[~bars['symbol'].isin(refused)], timeframe, now, joined, parts)
     return good, replace(report, refused=refused)
 
 # %% ../nbs/00_data.ipynb #d12169b5
+_WEEK = 7 * 24 * _HOUR
+_MONDAY = 4 * 24 * _HOUR   # The first one after the epoch, microseconds
+
+def _opens(
+    t: np.ndarray,   # Times, microseconds [n]
+    us: int,         # Length of a bar, microseconds
+) -> np.ndarray:     # [n]
+    "Open of the bar that each time lies in"
+    origin = _MONDAY if us % _WEEK == 0 else 0
+    return (t - origin) // us * us + origin
+
+def opens_of(
+    times: pd.Series,   # UTC [n]
+    timeframe,          # '1h', or a Timedelta
+) -> pd.Series:         # UTC [n]
+    "Open of the bar of this length that each time lies in"
+    opens = _opens(pd.DatetimeIndex(times).as_unit('us').asi8, _length(timeframe))
+    return pd.Series(pd.DatetimeIndex(opens.view('M8[us]'), tz='UTC'), index=times.index)
+
+# %% ../nbs/00_data.ipynb #e024162a
+def _put_together(
+    bars: pd.DataFrame,  # Usable ones of one length, sorted by symbol and time [n]
+    us: int,             # Length of a coarser one, microseconds
+    parts: int,          # How many make one
+) -> tuple:              # Coarser bars of which something is there; whether all of it is, bool
+    "First open, highest high, lowest low, last close, and the sums of what was traded"
+    t = pd.DatetimeIndex(bars['time']).asi8
+    opens = _opens(t, us)
+    if (off := (t - opens) % (us // parts) != 0).any():
+        raise DataError(f'{off.sum()} bars of {_name(us // parts)} cross the borders of {_name(us)} bars, '
+                        f'first {bars["time"].iloc[off.argmax()]}: they cannot be put together')
+    code, _ = pd.factorize(bars['symbol'])
+    begins = np.r_[True, (code[1:] != code[:-1]) | (opens[1:] != opens[:-1])]
+    first = np.flatnonzero(begins)
+    count = np.diff(np.r_[first, len(t)])
+    values = {c: bars[c].to_numpy() for c in bars if c not in ('time', 'symbol')}
+    made = {c: np.add.reduceat(v, first) for c, v in values.items() if c not in PRICES}
+    made['open'] = values['open'][first]
+    made['high'] = np.maximum.reduceat(values['high'], first)
+    made['low'] = np.minimum.reduceat(values['low'], first)
+    made['close'] = values['close'][first + count - 1]
+    about = dict(time=pd.DatetimeIndex(opens[first].view('M8[us]'), tz='UTC'), symbol=bars['symbol'].to_numpy()[first])
+    return pd.DataFrame(about | {c: made[c] for c in values}).astype(dict(symbol='str')), count == parts
+
+# %% ../nbs/00_data.ipynb #f6ac151f
+def _said_of_finer(
+    report: DataReport,   # Of the finer bars
+    made: pd.DataFrame,   # Coarser bars of which something is there [n]
+    whole: np.ndarray,    # Whether all of it is [n], bool
+    us: int,              # Length of a coarser one, microseconds
+    now,                  # The clock, or None
+) -> pd.DataFrame:        # Defects
+    "What is to be said of coarser bars, and of the finer ones that they are made of"
+    code, names = pd.factorize(made['symbol'])
+    t = pd.DatetimeIndex(made['time']).asi8
+    growing = ~whole & (t + us > (np.inf if now is None else _clock(now)))
+    idle = whole & (made['volume'] == 0).to_numpy()
+    finer = report.defects[report.defects['defect'] != 'zero volume']
+    bars = f'bars of {_name(_length(report.timeframe))}'
+    rows = [
+        ('incomplete bar', 'time', 'dropped', ~whole & ~growing),
+        ('unclosed bar', 'time', 'dropped', growing),
+        ('zero volume', 'volume', 'kept', idle),
+    ]
+    own = _tally([_rows_with(*what, code[at], t[at]) for *what, at in rows], names)
+    return pd.concat([finer.assign(note=finer['note'].mask(finer['note'] == '', bars)), own], ignore_index=True)
+
+def _together(
+    bars: pd.DataFrame,   # Finer ones, as `read_each` gives them
+    us: int,              # Length of a coarser one, microseconds
+    finer: int,           # Length of a finer one, microseconds
+    now=None,             # As in `clean`
+    units=None,           # As in `clean`
+) -> tuple:               # Market frame, DataReport
+    "Bars of one length checked and put together"
+    parts = us // finer
+    if parts == 1: return clean_each(bars, pd.Timedelta(us, "us"), now, units)
+    good, report = clean_each(bars, pd.Timedelta(finer, 'us'), now, units, parts)
+    made, whole = _put_together(good, us, parts)
+    defects = _said_of_finer(report, made, whole, us, now)
+    return made[whole].reset_index(drop=True), replace(report, defects=defects)
+
+# %% ../nbs/00_data.ipynb #cb097664
+def _lengths(
+    bars: pd.DataFrame,   # In any order
+    us: int,              # Length of a coarser bar, microseconds
+) -> dict[int, list]:     # Length, microseconds, to the symbols whose bars have it
+    "How long each coin's bars are: finer ones that make whole bars, or else as long as they are wanted"
+    def steps(times):
+        size, count = np.unique(np.diff(np.unique(pd.DatetimeIndex(times).asi8)), return_counts=True)
+        return pd.Series(count, size, dtype='int64')
+    own = {symbol: steps(x) for symbol, x in bars.groupby('symbol')['time']}
+    every = pd.concat(own.values()).groupby(level=0).sum()
+    if not len(every): raise DataError('one bar a symbol does not tell its timeframe: give more bars')
+    def length(counts):
+        step = int((counts if counts.max() >= _RUN else every).idxmax())
+        return step if us % step == 0 else us
+    found = {}
+    for symbol, counts in own.items(): found.setdefault(length(counts), []).append(symbol)
+    return found
+
+# %% ../nbs/00_data.ipynb #32f94b65
+def from_finer(
+    bars: pd.DataFrame,   # As `read_each` gives them
+    timeframe,            # '1h', or a Timedelta
+    now=None,             # The clock, to find bars not closed and bars from the future; naive is UTC
+    units=None,           # As in `clean`
+) -> tuple:               # Market frame of bars of this length; DataReport, with the coins left out in `refused`
+    "Check every bar, and put the finer ones together; a coin that cannot be checked with the others is left out"
+    us, done, refused = _length(timeframe), [], {}
+    mine = {normalise_symbol(name): change for name, change in (units or {}).items()}
+    for finer, coins in _lengths(bars, us).items():
+        some = bars[bars['symbol'].isin(coins)]
+        try: done.append(_together(some, us, finer, now, {k: mine[k] for k in coins if k in mine}))
+        except DataError as e: refused |= dict.fromkeys(coins, str(e).split(':\n')[0])
+    good = [x for x, _ in done if len(x)]
+    if not done: raise DataError(f'no coin can be used: {_told(refused)}')
+    if not good: raise DataError(f'not one whole bar of {_name(us)} in {len(bars)} finer ones: give all of them')
+    good = pd.concat(good).sort_values(['symbol', 'time'], ignore_index=True)
+    reports = [r for _, r in done]
+    return good, DataReport(
+        defects=pd.concat([r.defects for r in reports], ignore_index=True),
+        span=(good['time'].min(), good['time'].max()),
+        symbols=sorted(s for r in reports for s in r.symbols),
+        rows=sum(r.rows for r in reports),
+        bars=len(good),
+        timeframe=pd.Timedelta(us, 'us'),
+        digest=_digest(good, us),
+        refused=refused | {k: why for r in reports for k, why in r.refused.items()},
+    )
+
+# %% ../nbs/00_data.ipynb #6ff867bb
+def resample(
+    bars,        # Finer ones: anything `read_bars` takes
+    timeframe,   # What they are to become: '1h', or a Timedelta
+    now=None,    # The clock, to find bars not closed and bars from the future; naive is UTC
+    units=None,  # Changes of unit to join, as in `clean`
+) -> tuple:      # Market frame of the coarser bars that are whole, DataReport
+    """Finer bars as coarser ones, each with the time at which it opens: it is known when it closes
+
+    A bar of which a finer one is missing, wrong or still to come is not there."""
+    return from_finer(read_bars(bars), timeframe, now, units)
+
+# %% ../nbs/00_data.ipynb #b75e1325
 def _without_a_bar(
     bars: pd.DataFrame,   # Usable ones
     report: DataReport,   # What `clean` found
@@ -1500,10 +1660,13 @@ def read_panel(
     timeframe=None,  # '1h', or a Timedelta; that of most bars when None
     now=None,        # The clock, to find bars not closed and bars from the future
     units=None,      # Changes of unit to join: {'QUICK/USDT': [('2023-07-21 08:00', 1000)]}, as in `clean`
+    resample: bool = False,   # Bars finer than `timeframe` are [put together](#from-finer-bars)
 ) -> tuple:          # Panel, DataReport
     "Bars of any shape as a checked panel of the coins that can be used; DataError where there is none"
-    bars, unread = read_each(data, symbols, start, end, timeframe=timeframe)
-    good, report = clean_each(bars, timeframe, now, units)
+    if resample and timeframe is None:
+        raise DataError('resample=True: pass timeframe, the length that bars are to have')
+    bars, unread = read_each(data, symbols, start, end, timeframe=timeframe, finer=resample)
+    good, report = from_finer(bars, timeframe, now, units) if resample else clean_each(bars, timeframe, now, units)
     refused = unread | report.refused | _without_a_bar(good, report)
     report = replace(report, refused=refused, symbols=sorted(set(report.symbols) - set(refused)))
     rows = sorted({*report.symbols, *(_wanted(symbols) or ())})

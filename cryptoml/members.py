@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'VIEWS', 'RIDGES', 'LINES', 'Member', 'TREES', 'Recipe', 'best_ridge', 'Lines', 'find_members',
-           'member_arrays', 'by_target', 'member_of', 'check_line']
+           'contributions', 'member_arrays', 'by_target', 'member_of', 'check_line']
 
 # %% ../nbs/27_members.ipynb #879bb3e3
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
 from .baselines import N_CLASSES, Seen
-from .boosting import Forests, NoTrees, Task, along, arrays_of, boosted_of, line
+from .boosting import Forests, NoTrees, Task, along, arrays_of, boosted_of, line, newest
 
 # %% ../nbs/27_members.ipynb #2018faa6
 TASKS = {k: Task(n) for k, n in N_CLASSES.items()} | dict(relative=Task(), volatility=Task())   # By target
@@ -103,6 +103,22 @@ def find_members(
     found = {name: m for name, m in found.items() if m.weights}
     try: return found | {name: Forests.find(train, valid, **how) for name, how in TREES.items()}, []
     except NoTrees as e: return found, [str(e)]
+
+# %% ../nbs/27_members.ipynb #02702e5e
+def contributions(m: Member, s: Seen, target: str) -> np.ndarray:   # [S, F + 1, H], NaN where it says nothing
+    "What a member's forecast of a number owes to each scaled input, and to how quiet the coin is"
+    S, F = s.x.shape
+    if isinstance(m, Forests):
+        x = newest(s)
+        usual = np.concatenate([np.zeros(F), m.models[target].scale.center[F:]])
+        of_inputs = m.models[target].contributions(x, usual)[:, :F]
+        return np.concatenate([of_inputs, np.zeros_like(of_inputs[:, :1])], 1)
+    z, w = VIEWS[m.view](s), m.weights[target][:, :-1, 0, 0]             # [S, R], [H, R]
+    silent = np.where(np.isfinite(z).all(1), 0, np.nan)
+    out = np.zeros((S, F + 1, len(w))) + silent[:, None, None]
+    where = dict(inputs=slice(F), quiet=slice(F, F + 1))
+    if m.view in where: out[:, where[m.view]] = z[:, :, None] * w.T
+    return out
 
 # %% ../nbs/27_members.ipynb #67e7f2ed
 def member_arrays(m: Member) -> dict[str, np.ndarray]:

@@ -115,6 +115,7 @@ class CoinGraph(nn.Module):
         states: Tensor,   # [D, W, N, K, d] of D dates, W windows, N coins, K steps
         pairs: Tensor,    # [D, N, N, E]
         present: Tensor,  # [D, W, N] bool
+        own: bool = False,   # What a coin hears counts as given: slopes are those in its own state alone
     ) -> tuple[Tensor, Tensor]:   # [D, W, N, K, d], and attention to leaders [D, W, K, N, N], row looks at column
         D, W, N, K, _ = states.shape
         x = states.transpose(2, 3).flatten(0, 2)                                        # [D W K, N, d]
@@ -122,7 +123,8 @@ class CoinGraph(nn.Module):
         pairs = pairs[:, None, None].expand(-1, W, K, -1, -1, -1).flatten(0, 2)
         led = self.leaders(x, weight=self.who(x, there, pairs), present=there, attention=True)
         market = self.all(x, present=there)
-        y = self.gate(market.states + led.states, x)
+        heard = market.states + led.states
+        y = self.gate(heard.detach() if own else heard, x)
         looked = led.attention[0].mean(1)
         return y.unflatten(0, (D, W, K)).transpose(2, 3), looked.unflatten(0, (D, W, K))
 
@@ -175,17 +177,18 @@ class NetworkParts(nn.Module):
         if self.share is not None: states['tft'] = states['tft'] * self.share
         return sum(states.values())
 
-    def exchange(self, states: Tensor, pairs: Tensor, present: Tensor) -> tuple[Tensor, Tensor|None]:
-        return self.graph(states, pairs, present) if self.graph else (states, None)
+    def exchange(self, states: Tensor, *about, own: bool = False) -> tuple[Tensor, Tensor|None]:   # pairs, present
+        return self.graph(states, *about, own) if self.graph else (states, None)
 
     def see(
         self,
         batch: dict[str, Tensor],
+        own: bool = False,   # As in `CoinGraph`
     ) -> tuple[dict, Tensor, Tensor|None]:   # Outputs of bodies; states [D, W, N, K, d]; attention [D, W, K, N, N]
         seen = {k: read_past(body, batch, self.config.lookback) for k, body in self.bodies.items()}
         D, W, N = batch['present'].shape
         states = self.join(seen).unflatten(0, (D, N, W)).transpose(1, 2)
-        return seen, *self.exchange(states, batch['pairs'], batch['present'])
+        return seen, *self.exchange(states, batch['pairs'], batch['present'], own=own)
 
 # %% ../nbs/24_network.ipynb #2471d10c
 INPUTS = ('past', 'future', 'static', 'pairs', 'trailing', 'present')   # The rest of a batch are labels
@@ -303,6 +306,19 @@ class Network(NetworkParts):
 
     def read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:   # Probabilities, quantiles, what they rest on
         return self.report(*self.see(batch), batch['trailing'], batch['present'])
+
+    def newest_slopes(
+        self,
+        batch: dict[str, Tensor],   # One window a date
+        weight: Tensor,             # Of each horizon in each row's score [B, H]
+        task: str,                  # 'relative' or 'size'
+    ) -> Tensor:                    # [B, F]
+        "Slope of each row's score in the inputs of its own newest bar, what it hears of other coins being as it is"
+        past = batch['past'].detach().requires_grad_()
+        states = self.see(batch | dict(past=past), own=True)[1]
+        score = self.heads(states.flatten(0, 2)[:, self.at])[task]
+        slope, = torch.autograd.grad((score * weight).sum(), past)
+        return slope[:, :, -1].flatten(0, 1)
 
     @torch.no_grad()
     def score(self, batches) -> dict[str, float]:   # Means over all rows, without dropout

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HELD', 'POSITIVE', 'NUMBERS', 'WORDS', 'ACT_ON', 'SAID', 'DUST', 'Signal', 'why_of', 'hold', 'leaves', 'not_numbers',
            'MaxAge', 'duration', 'clock_says', 'levels_of', 'doubts_of_bar', 'doubts_of_forecast', 'doubts',
-           'forecast_in_words', 'rests_on_in_words', 'reasons', 'Asked', 'asked_of', 'parts_of_book', 'others_in_words',
-           'make_signal', 'unsure', 'acted_on']
+           'forecast_in_words', 'rests_on_in_words', 'reasons', 'less_in_words', 'Asked', 'asked_of', 'parts_of_book',
+           'others_in_words', 'make_signal', 'unsure', 'acted_on']
 
 # %% ../nbs/50_signals.ipynb #cd32809a
 from dataclasses import dataclass, replace
@@ -41,6 +41,7 @@ class Signal(TypedDict):
 HELD = {
     'no model': 'nothing was trained or loaded yet',
     'not a coin': 'the model does not know this symbol',
+    'not judged': 'the coin came after the training',
     'no prediction': 'this coin was not predicted since the model came',
     'fault': 'the newest bar cannot be trusted or forecast',
     'not a number': 'the forecast holds something else than finite numbers',
@@ -202,12 +203,13 @@ def forecast_in_words(
 
 # %% ../nbs/50_signals.ipynb #93aa0f39
 def rests_on_in_words(p: Prediction) -> list[str]:
-    def value(i): return 'missing' if i['value'] is None else f'{i["value"]:+.1f}'
-    inputs = ', '.join(f'{i["name"]} ({value(i)})' for i in (p['inputs'] or [])[:SAID])
+    def side(i): return 'up' if i['contribution'] > 0 else 'down'
+    said = [f'{i["name"]} (now {i["value"]:+.1f}, for {side(i)}: {i["contribution"]:+.2g})' for i in p['inputs'] or []]
+    inputs = ', '.join(said[:SAID])
     bars = ', '.join(f'{a["bars_ago"]} bars ago ({a["weight"]:.0%})' for a in (p['attention'] or [])[:SAID])
     coins = ', '.join(f'{c["symbol"]} ({c["weight"]:.0%})' for c in p['coins'] or [])
     said = []
-    if inputs: said.append(f'rests most on {inputs} (present value, 0 is usual)')
+    if inputs: said.append(f'of its score {p["score"]:+.2g} it owes most to {inputs}; an input at 0 is usual')
     if bars: said.append(f'attends most to {bars}')
     if coins: said.append(f'looks at {coins}')
     return said
@@ -221,7 +223,14 @@ def reasons(
     count = terms.trials['count']
     judged = (f'the model was judged {terms.verdict} on data until {terms.data_until[:10]} '
               f'after {count} trial{"s" * (count != 1)}')
-    return [*forecast_in_words(p, terms.declared, least), *rests_on_in_words(p), *p['notes'], judged]
+    about = [*forecast_in_words(p, terms.declared, least), *less_in_words(p, terms.declared)]
+    return [*about, *rests_on_in_words(p), *p['notes'], judged]
+
+def less_in_words(p: Prediction, book: Declared) -> list[str]:
+    "That a coin which is expected to lag is held all the same, where the book is so"
+    if book.kind != 'relative' or not book.long_only or p['score'] >= 1: return []
+    return [f'it is expected to lag, with that confidence: {p["score"]:.0%} of its even part is held, for the book '
+            'is long only']
 
 # %% ../nbs/50_signals.ipynb #2090c531
 class Asked(NamedTuple):
@@ -267,6 +276,7 @@ def make_signal(
     max_age: MaxAge = MaxAge(),
     others: dict[str, Prediction] | None = None,   # Usable predictions of the model's other coins, of the same bar
     act_on: str = ACT_ON,                  # The worst word that is acted on
+    parts: dict | None = None,             # `parts_of_book` of the others, where this prediction is among them
 ) -> Signal:
     "A prediction as an action; HOLD with the reason wherever it is doubtful"
     if min_confidence is not None and not 0 <= min_confidence <= 1:
@@ -282,7 +292,7 @@ def make_signal(
     if terms.declared.neutral and len(book) < COMPARED:
         return held('few coins', f'{len(book)} coins are forecast at this bar: a neutral book needs {COMPARED}, '
                     'give the bars of all coins of the model')
-    w = parts_of_book(book, terms)[p['symbol']]
+    w = (parts or parts_of_book(book, terms))[p['symbol']]
     if terms.declared.neutral and abs(w) >= DUST and w * p['score'] <= 0:
         return held('other coins', others_in_words(w))
     known = held('no position', *reasons(p, terms, least)) | said | dict(target=w, position_size=min(abs(w), 1.))

@@ -24,17 +24,16 @@ from .baselines import PAST, book_scores
 from .boosting import why_no_trees
 from .calibration import ODD, ROLLING, Bands, third_of
 from .combined import Combined, Found, decisions, find, refit, seen, spoken_by, step, untaught
-from .compile import log
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, bars_of, normalise_symbol, parse_timeframe
-from .forecaster import (MIN_TRAIN, Forecaster, ForecasterConfig, Inputs, forecast, importance, make_inputs,
-                                 split)
+from .forecaster import (MIN_TRAIN, Forecaster, ForecasterConfig, Inputs, forecast, importance, least_history,
+                                 make_inputs, split)
 from .gate import BOOKS, Declared, Positions, Reach, excursions, measure_reach, pays, threshold
 from .ledger import Tried, read_ledger, refuse_second_name
 from .metrics import day_blocks, interval_mean
 from .members import LINES, TASKS, TREES
 from .policy import Policy, risk_scale
-from .settings import is_number, is_whole
+from .settings import is_number, is_whole, log
 from .state import StateError, contents
 from .targets import (HORIZONS, LARGEST, Targets, make_targets, market_centre, pair_window, pegged,
                               realised_correlation, trailing_beta)
@@ -93,11 +92,15 @@ def left_out(
     test = int(np.argmax(parts['test']))
     alive = panel.mask[:, max(test - bars_of('1D', panel.timeframe), 0):test].any(1)
     needed = dict(train=MIN_TRAIN, gate=parts['gate'].sum() // 2)
+    need, age = least_history(panel.timeframe), panel.mask.shape[1] - panel.mask.argmax(1)
+    years = need * panel.timeframe / pd.Timedelta('365D')
     why = {}
     for n, symbol in enumerate(panel.symbols):
         few = [f'{there[k][n]} bars of {k}, {least} are needed' for k, least in needed.items() if there[k][n] < least]
         if few: why[symbol] = '; '.join(few)
         elif not alive[n]: why[symbol] = 'no bar on the day before the test'
+        elif age[n] < need: why[symbol] = (f'{age[n]} bars of history, a forecast of its newest bar needs {need} '
+                                           f'({years:.1f} years): give more of it, or shorter bars')
         elif still[n]: why[symbol] = f'it moves less in a usual day than the {round_trip:.2%} that a round trip costs'
     return why
 
@@ -743,12 +746,12 @@ def train_and_judge(
     out, what = Path(out), (study.inputs, study.targets)
     def again(rows, newest, name, **k): return refit(found, *what, rows, newest, out/name, device, stop, **k)
     found = find(*what, study.parts, config, out, device, stop)
-    print('once more, to everything before the test', flush=True)
+    log.info('once more, to everything before the test')
     model = again(study.until('gate'), study.parts['gate'], 'judged', everyone=True)
     with step('the test'): judged = judge(found.model, model, study, others, most, heads, found.absent)
-    print(judged.verdict, flush=True)
+    log.info(judged.verdict)
     if not fresh: return Trained(replace(model, bands=judged.test.before), judged.terms, found, judged)
-    print('once more, to the newest bar', flush=True)
+    log.info('once more, to the newest bar')
     everything = np.ones(len(study.panel.time), bool)
     shipped = again(everything, study.parts['test'], 'shipped')
     return Trained(replace(shipped, bands=judged.test.after), until_newest(judged.terms, study), found, judged)

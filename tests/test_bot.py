@@ -248,6 +248,17 @@ def test_daily_bars_of_two_years_are_refused_before_they_are_trained():
     bars = simulate(n_symbols=2, n_bars=730, seed=5, timeframe='1d').bars
     with pytest.raises(DataError, match='history too short.*a forecast needs'): Study.of(to_panel(bars))
 
+def test_a_coin_of_daily_bars_that_could_never_be_predicted_is_not_trained():
+    "It was trained on and judged, and each prediction of it said that there was too little history"
+    bars = simulate(n_symbols=3, n_bars=1900, seed=5, timeframe='1d').bars
+    young = (bars.symbol == 'ETH/USDT') & (bars.time < bars.time.min() + pd.Timedelta('800D'))
+    study = Study.of(to_panel(bars[~young]))
+    assert study.panel.symbols == ['BTC/USDT', 'SHIB/USDT']
+    assert study.left_out == {'ETH/USDT': '1100 bars of history, a forecast of its newest bar needs 1685 (4.6 years): '
+                                          'give more of it, or shorter bars'}
+    with pytest.raises(DataError, match='give more history, or shorter bars .*of 4h a forecast needs 281 days'):
+        Study.of(to_panel(bars[bars.time >= bars.time.min() + pd.Timedelta('400D')]))
+
 # ---- a word is worth its ledger
 
 def test_a_pass_without_its_ledger_is_none(tmp_path, monkeypatch):

@@ -9,11 +9,13 @@ import torch
 from examples import TERMS, untrained
 from cryptoml import newest
 from cryptoml.calibration import ODD
-from cryptoml.combined import weigh
+from cryptoml.baselines import Seen
+from cryptoml.combined import seen, weigh
 from cryptoml.data import DataError, clean, to_panel
 from cryptoml.forecaster import make_inputs, needed_history
-from cryptoml.newest import (SPARE, Faulty, Ready, Snapshot, TooShort, bar_faults, examine, look, others_masked,
-                             predict_newest, recent_bars)
+from cryptoml.members import Lines, contributions
+from cryptoml.newest import (SPARE, Faulty, Ready, Snapshot, TooShort, bar_faults, coin_bars, examine, look,
+                             others_masked, owed_to_members, owed_to_networks, predict_newest, recent_bars, rests_on)
 from cryptoml.simulate import simulate
 from cryptoml.study import Study
 from cryptoml.targets import trailing_beta, trailing_sigma
@@ -32,11 +34,16 @@ def world():
 @pytest.fixture(scope='module')
 def six(): return model_of(6)       # one more than the comparison of coins needs, and a relative book
 
-def model_of(coins):
-    "A model of some coins whose network nobody has trained, their bars, and the close of the newest of them"
+MADE_OF = 2800    # Bars
+
+def model_of(coins, later=0):
+    """A model of some coins whose network nobody has trained, their bars, and the close of the newest of them
+
+    `later`: bars that come after that close, of which the model knows nothing.
+    """
     torch.set_num_threads(1)
-    market = simulate(n_symbols=coins, n_bars=2800, seed=3)
-    panel = to_panel(market.bars)
+    market = simulate(n_symbols=coins, n_bars=MADE_OF + later, seed=3)
+    panel = to_panel(market.bars[market.bars['time'] < market.bars['time'].min() + MADE_OF * H])
     study = Study.of(panel, (4, 12))
     f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
     never = np.isnan(f.pick(study.inputs).x).all(1)          # Bitcoin is not compared with itself [N, F]
@@ -102,7 +109,7 @@ def test_bars_that_open_in_the_future(walk):
 @pytest.mark.parametrize('need', [1, 3, 30, 100])
 def test_recent_bars_go_back_from_the_newest_closed(walk, need):
     half_past = walk['time'].max() + H / 2                   # the newest is in progress
-    bars, _ = recent_bars(walk, S, [S], need, H, half_past)
+    bars = recent_bars(walk.assign(symbol=S), need, H, half_past)
     assert len(bars) == min(need + 1, 30)
     assert bars['time'].max() == walk['time'].max()
 
@@ -205,11 +212,13 @@ def test_a_bar_of_the_training_is_in_sample(world):
           for late in (-H, 0 * H)}
     assert {late: p['in_sample'] for late, p in at.items()} == {-H: True, 0 * H: False}
 
+def view_of(model, data, now): return look(model, *coin_bars(data, None, model.terms.symbols, H), now)
+
 @pytest.mark.parametrize('symbol', SYMBOLS)
 def test_ready_faulty_and_too_short(world, symbol):
     model, bars, now = world
     f, mine = model.forecaster.first, of(bars, symbol)
-    def seen(data): return examine(look(model, data, None, now), symbol)
+    def seen(data): return examine(view_of(model, data, now), symbol)
     ready = seen(bars)
     assert isinstance(ready, Ready) and ready.notes == []
     assert seen(bars.drop(mine)) == Faulty(None, [f'no bar of {symbol} in the data'])
@@ -239,3 +248,82 @@ def test_one_short_coin_does_not_stop_the_others(world):
 ], ids=['another coin', 'no bar of it', 'own columns', 'whose bars'])
 def test_calls_that_cannot_be_understood(world, call, word):
     with pytest.raises(DataError, match=word): call(*world)
+
+# ---- from finer bars, and what a forecast rests on
+
+def halves(bars):
+    "Two bars of half an hour for each of an hour, which together are it"
+    middle = (bars['open'] + bars['close']) / 2
+    first = bars.assign(close=middle, volume=bars['volume'] / 2)
+    second = bars.assign(open=middle, volume=bars['volume'] / 2, time=bars['time'] + H / 2)
+    parts = pd.concat([first, second]).sort_values(['symbol', 'time'], ignore_index=True)
+    sums = [c for c in parts if c in ('quote_volume', 'trades', 'taker_buy_volume')]
+    return parts.assign(**{c: parts[c] / 2 for c in sums})
+
+def test_finer_bars_say_what_hours_say(world):
+    model, bars, now = world
+    fine = halves(bars)
+    assert predict_newest(model, fine, None, now, resample=True) == predict_newest(model, bars, None, now)
+    assert predict_newest(model, bars, None, now, resample=True) == predict_newest(model, bars, None, now)
+    growing = predict_newest(model, fine, None, now - H / 2, resample=True)       # half of the newest hour
+    assert growing == predict_newest(model, bars[bars['time'] < now - H], None, now - H / 2)
+    with pytest.raises(DataError, match='steps by 30m, not by 1h: pass resample=True'):
+        predict_newest(model, fine, None, now)
+
+def test_an_hour_whose_last_half_is_missing_is_no_hour(world):
+    model, bars, now = world
+    fine = halves(bars)
+    said = predict_newest(model, fine.drop(of(fine, 'ETH/USDT')[-1]), None, now, resample=True)
+    assert said['ETH/USDT']['faults'] == [f'incomplete bar in time of the newest bar ({now - H:%Y-%m-%d %H:%M})']
+    assert said['SHIB/USDT']['faults'] == []
+
+def test_contributions_are_what_the_score_loses(six):
+    "By the members exactly, one input after the other; by the networks to first order"
+    model, bars, now = six
+    view = view_of(model, bars, now)
+    f, book, last = model.forecaster, model.terms.declared, len(view.panel.time) - 1
+    sample = Samples(np.arange(6), np.full(6, last))
+    here = seen(f.first, view.inputs, view.sigma, sample)
+    owed, weight = owed_to_members(f, here, book)
+    F = here.x.shape[1]
+    network = f.say(view.inputs, view.sigma, sample)['network']
+    def score(s): return book.score(f.blend(dict(network=network) | {name: m(s) for name, m in f.members.items()}))
+    usual = score(here)
+    used = np.flatnonzero(np.abs(owed[:, :F]).max(0))
+    for i in used[::max(1, len(used) // 25)]:
+        without = replace(here, x=np.where(np.arange(F) == i, 0, here.x).astype(here.x.dtype))
+        np.testing.assert_allclose(owed[:, i], usual - score(without), atol=1e-6)
+    np.testing.assert_allclose(owed[:, F], usual - score(replace(here, quiet=0 * here.quiet)), atol=1e-6)
+    total = rests_on(view, sample, view.forecast(sample))
+    np.testing.assert_allclose(total[:, :-1], owed)
+    np.testing.assert_allclose(total[:, -1], (weight * network['relative']).sum(1), atol=1e-6)
+    by_network = owed_to_networks(view, sample, weight, 'relative')
+    step = .05
+    inside = np.flatnonzero((np.abs(here.x[2]) < f.first.scaler.clip - step) & (here.x[2] != 0))   # nothing is clipped
+    for i in inside[np.argsort(-np.abs(by_network[2, inside]))[:5]]:
+        nudged = view.inputs.x.copy()
+        nudged[2, last, i] += step * f.first.scaler.scale[i]
+        moved = f.say(replace(view.inputs, x=nudged), view.sigma, sample)['network']['relative'] - network['relative']
+        slope = by_network[2, i] / here.x[2, i]
+        assert (weight[2] * moved[2]).sum() / step == pytest.approx(slope, rel=.2)
+
+def test_what_a_signal_rests_on_is_its_own(six):
+    "Input A drives one coin and B another: the list of each begins with its own"
+    model, bars, now = six
+    names = model.forecaster.names
+    view = view_of(model, bars, now)
+    x = np.zeros_like(view.inputs.x[:, -1])
+    a, b = 3, 7
+    x[0, a], x[1, b] = 2, -3
+    slope = np.zeros((len(model.forecaster.config.horizons), len(names) + 1, 1, 1))
+    slope[:, a], slope[:, b] = .5, .25
+    line = Lines('inputs', {}, dict(relative=slope))
+    here = Seen(x.astype(float), *[None] * 7)
+    owed = contributions(line, here, 'relative')[..., 0]
+    assert owed[0].argmax() == a and owed[0, a] == 1. and owed[1].argmin() == b and owed[1, b] == -.75
+    assert np.count_nonzero(owed) == 2
+    said = predict_newest(model, bars, None, now)
+    assert len({tuple(i['name'] for i in p['inputs'][:5]) for p in said.values()}) > 1
+    for p in said.values():
+        sizes = [abs(i['contribution']) for i in p['inputs']]
+        assert sizes == sorted(sizes, reverse=True) and np.isfinite([i['value'] for i in p['inputs']]).all()

@@ -45,7 +45,7 @@ def written(**changed):
         rarity=.5,
         in_sample=False,
         notes=[],
-        inputs=[dict(name='rsi_14', value=1.2, importance=.01)],
+        inputs=[dict(name='rsi_14', value=1.2, contribution=.2)],
         attention=[dict(bars_ago=1, weight=.2)],
         coins=[dict(symbol='ETH/USDT', weight=.6)],
     )
@@ -343,3 +343,27 @@ def test_without_a_clock_a_bar_of_this_hour_is_new():
 @pytest.mark.parametrize('least', [-.01, 1.01, 65, math.nan, math.inf])
 def test_min_confidence_is_a_probability(least):
     with pytest.raises(ValueError, match='min_confidence'): make_signal(written(), TERMS, least, LATER)
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(p=predictions(), kind=st.sampled_from(['timing', 'relative', 'long only']))
+def test_action_size_and_reasons_say_one_thing(p, kind):
+    "No sentence speaks of the other side than the action, whatever is predicted"
+    book = Declared.of('timing' if kind == 'timing' else 'relative', 6, (24,), '1h', long_only=kind == 'long only')
+    terms = replace(ONE, book=book.plain(), policy=asdict(book.policy('1h')), symbols=[f'C{i}/USDT' for i in range(6)])
+    lean = p['score'] - 1 if kind == 'long only' else p['score']
+    up = p['relative_up'][0] if kind != 'timing' else None
+    if up is not None: p = p | dict(confidence=up if lean > 0 else 1 - up)
+    p = p | dict(symbol='C0/USDT')
+    others = {f'C{i}/USDT': p | dict(symbol=f'C{i}/USDT', score=p['score'] * (1 - i / 3)) for i in range(1, 6)}
+    s = make_signal(p, terms, 0., pd.Timestamp(p['data_time']), others=others)
+    if s['action'] == 'HOLD':
+        assert s['why'] in HELD
+        return
+    side = 1 if s['action'] == 'BUY' else -1
+    assert np.sign(s['target']) == side and s['position_size'] == min(abs(s['target']), 1)
+    assert side * (s['take_profit'] - p['price']) > 0 > side * (s['stop_loss'] - p['price'])
+    assert s['confidence'] >= .5
+    less = any('it is expected to lag' in x for x in s['reasoning'])
+    assert less == (kind == 'long only' and p['score'] < 1)
+    if kind == 'timing': assert side * (p['direction'][0]['UP'] - p['direction'][0]['DOWN']) >= 0
+    elif not less: assert side * (up - .5) >= 0
