@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LEAVING', 'JobError', 'JobFailed', 'Parameter', 'parameters', 'convert', 'check', 'identity', 'code_digest',
            'differences', 'surroundings', 'claim', 'execute', 'jobs', 'find', 'plan', 'run', 'summary', 'usage',
-           'show_trials', 'add_trials', 'trials', 'main']
+           'show_trials', 'add_trials', 'trials', 'live', 'main']
 
 # %% ../nbs/60_jobs.ipynb #5d1b8e3a
 import argparse, ast, builtins, contextlib, copy, difflib, hashlib, io, json, math, os, platform, re, sys
 import tokenize, traceback
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -383,6 +384,12 @@ def _folder(out) -> Path:
     return out
 
 # %% ../nbs/60_jobs.ipynb #b4cb3f95
+def _finished(out: Path) -> bool:
+    "Whether a run is done, and asked again has nothing to do"
+    from cryptoml.state import read_json
+    return (out/'metrics.json').exists() and not read_json(out/'metrics.json').get('again')
+
+# %% ../nbs/60_jobs.ipynb #bc26288d
 LEAVING = 5   # Seconds that the kernel of a killed command may need to notice it and to leave the folder
 
 def run(
@@ -398,7 +405,7 @@ def run(
     try:
         with lock(out, wait=LEAVING) as f:
             record = claim(out, mine)
-            if not (out/'metrics.json').exists(): _run(notebook, out, record, (f.fileno(),))
+            if not _finished(out): _run(notebook, out, record, (f.fileno(),))
             return read_json(out/'metrics.json')
     except StateError as e: raise JobError(str(e)) from e
 
@@ -427,7 +434,7 @@ def summary(
     metrics: dict,   # Content of metrics.json
     out: Path,       # Folder of the run
 ) -> str:            # Lines for a terminal
-    "Scores, clear gains, verdict and the place of the report"
+    "Scores, clear gains, verdict, what to do next and the place of the report"
     text = []
     number = '{:.3f}'.format
     if rows := metrics.get('rows'):
@@ -441,16 +448,22 @@ def summary(
         from cryptoml.verdict import Verdict
         verdict = Verdict(**verdict)
     if verdict: text.append(str(verdict))
+    if following := metrics.get('next'): text.append(following)
     report = out/'report.html'
     text.append(f'report: {report}' if report.exists() else f'run: {out}')
     return '\n\n'.join(text)
 
 # %% ../nbs/60_jobs.ipynb #fcc89dce
-_USAGE = """usage: cryptoml JOB [--out FOLDER] [-p NAME=VALUE ...]    run a job, or continue it in the same folder
+_USAGE = """usage: cryptoml JOB [--out FOLDER] [--NAME VALUE ...]       run a job, or continue it in the same folder
        cryptoml JOB --help                                  the job's parameters
        cryptoml --list                                      the jobs
        cryptoml trials                                      what was tried on this machine
-       cryptoml trials add N --note NOTE [--question Q]     and N more trials that were made elsewhere"""
+       cryptoml trials add N --note NOTE [--question Q]     and N more trials that were made elsewhere
+       cryptoml predict --state FOLDER --data FILE          what a model says of the newest bars in a file, as JSON
+       cryptoml live --exchange NAME --paper                follow an exchange with paper money; --help tells more
+       cryptoml serve --state FOLDER                        answers over HTTP, for a bot in any language
+
+-p NAME=VALUE is the same as --NAME VALUE"""
 
 def usage(job=None) -> str:
     "Help of a job, or of the command"
@@ -459,8 +472,9 @@ def usage(job=None) -> str:
     lines = [f'  {p.name}: {p.text} = {p.default!r}' for p in known]
     wide = max(map(len, lines), default=0)
     lines = [f'{line:{wide}}  # {p.help}' for line, p in zip(lines, known)]
-    head = [f'usage: cryptoml {job} [--out FOLDER] [-p NAME=VALUE ...]', '', 'parameters:']
-    return '\n'.join([*head, *lines, '', 'lists: a,b,c   booleans: true, false'])
+    head = [f'usage: cryptoml {job} [--out FOLDER] [--NAME VALUE ...]', '', 'parameters:']
+    tail = 'lists: a,b,c   booleans: true, false   -p NAME=VALUE is the same as --NAME VALUE'
+    return '\n'.join([*head, *lines, '', tail])
 
 # %% ../nbs/60_jobs.ipynb #614051bc
 def _title(notebook: Path) -> str:
@@ -478,6 +492,23 @@ def _pairs(params: list[str]) -> dict[str, str]:
         if name in given: raise JobError(f'{name} is given twice')
         given[name] = value
     return given
+
+# %% ../nbs/60_jobs.ipynb #64785662
+_OPTIONS = ('out', 'param', 'help', 'list')   # of the command itself
+
+def _as_pairs(argv: list[str]) -> list[str]:
+    "Arguments in which `--name value` stands as `-p name=value`"
+    rest, found = iter(argv), []
+    for word in rest:
+        flag = re.fullmatch(r'--([a-zA-Z][\w-]*)(?:=(.*))?', word, re.DOTALL)
+        if not flag or flag[1] in _OPTIONS:
+            found.append(word)
+            if word in ('--out', '-p', '--param'): found += islice(rest, 1)
+            continue
+        value = flag[2] if flag[2] is not None else next(rest, None)
+        if value is None: raise JobError(f'{word} needs a value')
+        found += ['-p', f'{flag[1].replace("-", "_")}={value}']
+    return found
 
 # %% ../nbs/60_jobs.ipynb #26faa532
 def show_trials() -> int:
@@ -558,16 +589,29 @@ def _command(argv: list[str]) -> _Command:
     parser.add_argument('-p', '--param', action='append', default=[], metavar='NAME=VALUE')
     parser.add_argument('-h', '--help', action='store_true')
     parser.add_argument('--list', action='store_true')
-    a = parser.parse_args(argv)
+    a = parser.parse_args(_as_pairs(argv))
     return _Command(a.job, a.out, _pairs(a.param), a.help, a.list)
 
 # %% ../nbs/60_jobs.ipynb #329f4ed6
+_LIVE = 'predict', 'live', 'serve'
+
+def live(
+    argv: list[str],   # The command line, one of those names first
+) -> int:              # Exit code
+    "The commands `cryptoml predict`, `cryptoml live` and `cryptoml serve`"
+    from cryptoml.live import CommandError, command
+    try: return command(argv)
+    except CommandError as e: raise JobError(str(e)) from e
+
+# %% ../nbs/60_jobs.ipynb #b9e7626b
 def main(
     argv: list[str] | None = None,  # Arguments; default those of the process
 ) -> int:                           # Exit code
     "The command `cryptoml`"
     if argv is None: argv = sys.argv[1:]
-    try: return trials(argv[1:]) if argv[:1] == ['trials'] else _command(argv).obey()
+    try:
+        if argv[:1] == ['trials']: return trials(argv[1:])
+        return live(argv) if argv and argv[0] in _LIVE else _command(argv).obey()
     except JobError as e: return _said(' '.join(str(e).split()), 2)
     except JobFailed as e: return _said(e, 1)
     except KeyboardInterrupt: return _said('interrupted; the same command continues the run', 130)

@@ -108,7 +108,11 @@ def kernel_of(out): return psutil.Process(int((out/'pid').read_text()))
     (['-p', 'rate=inf'], 'rate must be float'),
     (['-p', 'steps'], 'needs NAME=VALUE'),
     (['-p', 'out=x'], '--out FOLDER'),
-    (['--steps', '3'], 'unrecognized arguments'),
+    (['--stpes', '3'], 'did you mean steps?'),
+    (['--steps', 'three'], "steps must be int, got 'three'"),
+    (['--steps'], '--steps needs a value'),
+    (['--steps', '3', '-p', 'steps=3'], 'steps is given twice'),
+    (['steps', '3'], 'unrecognized arguments'),
     (['--out', 'walk.ipynb'], 'is a file'),
     (['--out', '.'], 'no params.json'),
 ], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
@@ -148,6 +152,18 @@ def test_help(walk, capsys):
     assert jobs.main([str(walk), '--help']) == 0
     text = capsys.readouterr().out
     assert "steps: int = 40" in text and '# Of nothing' in text and '  out:' not in text
+
+WAYS = [['--steps', '2'], ['--steps=2'], ['-p', 'steps=2'], ['--param=steps=2']]
+
+@pytest.mark.parametrize('given', WAYS, ids=' '.join)
+def test_a_parameter_is_a_flag_or_a_pair(walk, given):
+    asked = jobs._command([str(walk), *given, '--out', 'x', '--rate', '-1'])
+    assert (asked.job, asked.out, asked.given) == (str(walk), 'x', dict(steps='2', rate='-1'))
+
+def test_help_shows_flags(walk, capsys):
+    assert jobs.main([str(walk), '--help']) == 0 == jobs.main(['--help'])
+    text = capsys.readouterr().out
+    assert text.count('[--out FOLDER] [--NAME VALUE ...]') == 2 and '-p NAME=VALUE is the same' in text
 
 @pytest.mark.parametrize('args, code', [(['--help'], 0), ([], 2), (['--list'], 0)], ids=str)
 def test_exit_code_of_help(args, code): assert jobs.main(args) == code
@@ -230,6 +246,9 @@ def test_a_finished_run_answers_at_once(walk, monkeypatch):
     with pytest.raises(ZeroDivisionError): run(walk, steps=4, data='bars.csv')
     monkeypatch.chdir('/')
     assert run(walk, out, steps=3, data=str(data)) == metrics            # from anywhere
+    (out/'metrics.json').write_text(json.dumps(metrics | dict(again=True)))
+    with pytest.raises(ZeroDivisionError): run(walk, out, steps=3, data=str(data))    # one with an open end goes on
+    (out/'metrics.json').write_text(json.dumps(metrics))
     with pytest.raises(JobError, match='steps=3, not 4'): run(walk, out, steps=4, data=str(data))
     data.write_text('1, and more')
     with pytest.raises(JobError, match='bars.csv has changed'): run(walk, out, steps=3, data=str(data))

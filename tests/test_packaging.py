@@ -65,7 +65,7 @@ def test_constraints():
     text = (root/'constraints.txt').read_text()
     pinned = [Requirement(line) for line in text.splitlines() if line and line[0] != '#']
     pins = {canonicalize_name(r.name): str(r.specifier).removeprefix('==') for r in pinned}
-    wanted = [r for k in ('', 'jobs_', 'docs_', 'dev_') for r in s[f'{k}requirements'].split()]
+    wanted = [r for k in ('', 'jobs_', 'exchange_', 'docs_', 'dev_') for r in s[f'{k}requirements'].split()]
     for r in map(Requirement, wanted):
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'constraints.txt does not fit {r}'
     assert version('torch').split('+')[0] == pins['torch'] and '://' not in text
@@ -144,10 +144,20 @@ def test_jobs_of_the_wheel(site, tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "cryptoml: jobs need papermill: pip install 'cryptoml[jobs]'"
     assert not list(tmp_path.iterdir()), 'a job that cannot run left something behind'
 
+def programs_in(path):
+    "Python blocks of a page"
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'])
+    return re.findall(r'^```python\n(.*?)^```$', text, re.M | re.S)
+
 def test_programs_of_the_readme(site, tmp_path):
-    "Each python block of README.md, word for word, in a process of its own, one after the other in one folder"
-    programs = re.findall(r'^```python\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'), re.M | re.S)
-    assert len(programs) == 3 and 'train_sync' in programs[0] and 'asyncio.run' in programs[1]
+    """What README.md and the guide do on a simulated market, word for word, in processes one after the other
+
+    The way to a signal from an exchange is in test_stranger.py."""
+    at_home, guide = programs_in(root/'README.md'), programs_in(root/'nbs'/'guide'/'in_your_bot.ipynb')
+    programs = [p for p in at_home[:2] + guide + at_home[2:] if 'cryptoml.simulate' in p]
+    assert [next(w for w in ('train_sync', 'next_weights', 'stream') if w in p) for p in programs] == [
+        'train_sync', 'next_weights', 'stream']
     reader = textwrap.dedent(f'''
         import sys, torch
         sys.path.insert(0, {str(site)!r})
