@@ -48,9 +48,19 @@ def forked(f):
         code = 1
     finally: os._exit(code)
 
+def resident():
+    "Memory of this process, bytes"
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def pytest_collection_modifyitems(items):
-    "The longest files first, so that two workers end together"
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'bots: a real freqtrade runs, for minutes: make bots')
+
+def pytest_collection_modifyitems(config, items):
+    "The longest files first, so that two workers end together; real bots only where they are asked for"
     longest = ('test_train_job.py', 'test_notebooks.py')
     items.sort(key=lambda item: item.path.name not in longest)
+    if 'bots' in config.option.markexpr: return
+    for item in items:
+        if item.get_closest_marker('bots'): item.add_marker(pytest.mark.skip(reason='real bots: make bots runs them'))
