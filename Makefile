@@ -1,10 +1,11 @@
-# make demo | test | docs | bench | evidence | lab | notebooks | clean. Every target sets up .venv first if need be.
+# make demo | test | faults | bots | docs | bench | evidence | lab | notebooks | clean.
+# Every target sets up its environment first if need be.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch comes first and pinned: an open requirement may bring gigabytes of CUDA to a machine without a GPU.
 # Where the pinned wheel is a CUDA build and you want the CPU one, name an index that has it in PIP_EXTRA_INDEX_URL.
 
-.PHONY: demo test docs bench evidence lab notebooks clean
+.PHONY: demo test faults bots docs bench evidence lab notebooks clean
 .DELETE_ON_ERROR:
 
 # The planted truth of the simulated market is learnt in ten epochs; your own data get the default of the job.
@@ -21,6 +22,20 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
 	@$(if $(ARGS),,$(BIN)/ruff check --no-cache --quiet)
 	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 2 --dist loadfile --no-loadscope-reorder)
+
+# A thousand bars of the loop on paper, on an exchange that fails in every way we know; two hundred kills of save, train
+# and live; what ten thousand predictions and fifty refits leave behind.
+faults: export OMP_NUM_THREADS ?= 1
+faults: export CRYPTOML_LIVE_BARS ?= 1000
+faults: export CRYPTOML_KILLS ?= 200
+faults: export CRYPTOML_SLOPES ?= 10000
+faults: .venv/.ready
+	@$(BIN)/python -m pytest -q -s tests/test_live.py tests/test_faults.py -k "faults_of or killed_while or nothing_behind"
+
+# A real freqtrade on a replay exchange of this machine, some twenty minutes, in an environment of its own.
+bots: export OMP_NUM_THREADS ?= 1
+bots: .venv-bots/.ready
+	@.venv-bots/bin/python -m pytest -q -m bots tests/bots $(ARGS)
 
 docs: .venv/.ready
 	@$(BIN)/python -m cryptoml.docs
@@ -57,5 +72,12 @@ clean:
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@echo "installing what cryptoml needs into .venv (some minutes, once)"
 	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev]'
+	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange]'
+	@touch $@
+
+.venv-bots/.ready: tests/bots/requirements.txt settings.ini constraints.txt
+	@[ -x .venv-bots/bin/python ] || $(PYTHON) -m venv .venv-bots
+	@echo "installing freqtrade and what cryptoml needs into .venv-bots (some minutes, once)"
+	@.venv-bots/bin/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@.venv-bots/bin/pip install -q -c constraints.txt -e . -r tests/bots/requirements.txt
 	@touch $@
