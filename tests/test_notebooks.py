@@ -9,7 +9,8 @@ import yaml
 root = Path(__file__).parents[1]
 nbs = root/'nbs'
 notebooks = sorted(nbs.glob('*.ipynb'))
-everything = notebooks + sorted((nbs/'jobs').glob('*.ipynb'))
+guide = sorted((nbs/'guide').glob('*.ipynb'))        # pages without a module
+everything = notebooks + guide + sorted((nbs/'jobs').glob('*.ipynb'))
 
 skipped = ['slow', 'gpu'] if 'CRYPTOML_DATA' in os.environ else ['slow', 'gpu', 'data']
 preloaded = ['torch', 'numba', 'pandas', 'scipy.stats', 'matplotlib.pyplot', 'nbdev.test', 'fastcore.test']
@@ -32,7 +33,7 @@ def execute(nb, send):
         ok, _ = runner.test_nb(nb, skip_flags=skipped)
     send.send((ok, sys.stderr.getvalue()))
 
-@pytest.mark.parametrize('nb', notebooks, ids=name)
+@pytest.mark.parametrize('nb', notebooks + guide, ids=name)
 def test_notebook(nb):
     "One after another, each in a fresh fork of a process that has only imported what all of them import"
     context = multiprocessing.get_context('spawn' if sys.platform == 'win32' else 'forkserver')
