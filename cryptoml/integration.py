@@ -417,10 +417,18 @@ class UltimateTradingAI(AsyncTwins):
 
     def _set(self, new: Snapshot):
         "The same model, of other coins"
+        self._online_of(new)
+        self.snapshot = new
+
+    def _online_of(self, s: Snapshot) -> Online:
+        "The newest bars of a model; a new one begins with those of the one before"
         old = self._online
-        bars = old.bars() if old is not None and old.model.timeframe == new.timeframe else None
-        if bars is not None: bars = bars[bars['symbol'].isin(new.coins)]
-        self._online, self._guests, self.snapshot = Online(new, bars), None, new
+        if old is not None and old.model is s: return old
+        bars = old.bars() if old is not None and old.model.timeframe == s.timeframe else None
+        if bars is not None: bars = bars[bars['symbol'].isin(s.coins)]
+        new = Online(s, bars)
+        self._online, self._guests = new, None
+        return new
 
     @own_settings()
     def train_sync(self,
@@ -476,10 +484,10 @@ class UltimateTradingAI(AsyncTwins):
 
     def _ask(self, s: Snapshot, data, name: str | None, now, extra, sources: dict) -> dict[str, Prediction]:
         "Predictions of the coins of the model, and of those that were added"
-        if self._online is None or self._online.model is not s: self._set(s)
+        online = self._online_of(s)
         asked, found = (data, name, now, extra, sources, self.max_age.skew, self.config.resample), {}
-        if name not in self._added: found = self._online.predict(*asked)
-        self._check_sometimes(self._online)
+        if name not in self._added: found = online.predict(*asked)
+        self._check_sometimes(online)
         if self._added and (name is None or name in self._added):
             self._guests = self._guests or Online(with_guests(s, self._added))
             said = self._guests.predict(*asked)
@@ -520,7 +528,7 @@ class UltimateTradingAI(AsyncTwins):
 
     def _book_now(self, model: Snapshot, now: pd.Timestamp) -> tuple[dict, dict]:
         "Usable predictions of this model, and their parts of the book; made once for all coins of a bar"
-        about = [model, *(p for p, _ in self._said.values())]
+        about = [model, *(p for p, _ in list(self._said.values()))]      # another thread may predict meanwhile
         last = self._parts
         same = last is not None and last[0] == now and len(last[1]) == len(about)
         if not same or any(a is not b for a, b in zip(last[1], about)):

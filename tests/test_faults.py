@@ -201,10 +201,10 @@ def test_killed_while_saving(world, tmp_path, caplog):
         if bars: complete.add(live)
     print(f'\n{OF_SAVE} kills while saving: {dict(found)}; {last} hours')
     assert (tmp_path/BOOK).exists() and found['old'] and last > found['old']
+    for left in tmp_path.glob('.book*'): os.utime(left, (0, 0))           # long ago, so that nobody writes it
     ai = loaded(tmp_path)
     ai.save_state()
-    assert len(generations(tmp_path)) == 3
-    assert not [*tmp_path.rglob('.gen-*'), *tmp_path.rglob('.CURRENT*')]
+    assert len(generations(tmp_path)) == 3 and not list(tmp_path.rglob('.*'))
 
 def test_a_decision_of_weights_that_were_never_saved(world, tmp_path):
     "Killed between a decision and its save: the model before is loaded with another's book, and can be saved"

@@ -138,6 +138,25 @@ def test_a_stream_that_lost_its_way_is_found(world):
     for k, p in predict_newest(whole, until(bars, begin + 2 * H), None, begin + 2 * H).items():
         assert near(p['direction'], said[k]['direction'])
 
+def test_a_forecast_that_is_no_number_is_found(world):
+    "Nothing in place of a number is a difference, not something to leave out"
+    model, bars = world
+    online, begin = Online(model), start_of(bars)
+    online.predict(until(bars, begin), None, begin)
+    online.predict(hour(bars, begin), None, begin + H)
+    assert online.check() == []
+    online.kept.said['relative'][:] = float('nan')
+    assert any('of relative differ from a whole forecast' in x for x in online.check())
+
+def test_a_prediction_of_an_older_model_leaves_the_new_one_live(world, tmp_path):
+    "A training that ends while a prediction is made: the new model stays"
+    model, bars = world
+    ai, now = facade(model, tmp_path), start_of(bars)
+    new = replace(model)
+    ai.snapshot = new
+    ai._ask(model, until(bars, now), None, now, None, {})
+    assert ai.snapshot is new
+
 def test_too_little_and_no_coin(world):
     model, bars = world
     online, now = Online(model), start_of(bars)
