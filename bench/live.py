@@ -1,4 +1,4 @@
-"""Speed of a signal: `python bench/live.py [COINS:SIZE ...]`, by default 10:small 30:small 10:base
+"""Speed of a signal: `python bench/live.py [COINS:SIZE ...]`, by default 10:small 30:small 10:base; it trains a while
 
 Each model is trained for one epoch on a simulated market; then bars come hour by hour: the newest hour of every coin
 is handed over, all coins are forecast, and a signal is asked for. Beside it the same from the whole history, as a bot
@@ -38,11 +38,11 @@ def loaded(folder):
 
 
 def timed(ai, data, now, coins):
-    "Wall milliseconds of a prediction of all coins and the signals of some"
-    began = time.perf_counter()
+    "Wall and CPU milliseconds of a prediction of all coins and the signals of some"
+    began, spent = time.perf_counter(), time.thread_time()
     ai.predict_sync(data, None, now)
     for symbol in coins: ai.get_trading_signal(symbol, 0., now)
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.perf_counter() - began), 1e3 * (time.thread_time() - spent)
 
 
 def cycles(folder, bars, end, every_coin):
@@ -61,7 +61,8 @@ def cycles(folder, bars, end, every_coin):
     for k in range(WHOLE):
         fresh._online = None                                       # no memory
         whole.append(timed(fresh, bars[bars.time < now + k * HOUR], now + k * HOUR, coins))
-    return dict(cycle=np.array(took[WARM_UP:]), restart=first, whole=np.median(whole))
+    wall, cpu = np.array(took[WARM_UP:]).T
+    return dict(cycle=wall, cpu=np.median(cpu), restart=first[0], whole=np.median(whole, 0)[0])
 
 
 def main():
@@ -76,7 +77,7 @@ def main():
         for every_coin in (False, True):
             t = cycles(folder, bars, end, every_coin)
             print(f'{coins} coins, {size}, signals of {"all" if every_coin else "one"}: '
-                  f'p50 {np.median(t["cycle"]):.1f} ms, p99 {np.quantile(t["cycle"], .99):.1f} ms; '
+                  f'p50 {np.median(t["cycle"]):.1f} ms, p99 {np.quantile(t["cycle"], .99):.1f} ms, CPU {t["cpu"]:.1f} ms; '
                   f'from the whole history {t["whole"]:.0f} ms; first cycle after a restart {t["restart"]:.0f} ms')
 
 

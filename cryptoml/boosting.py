@@ -441,18 +441,21 @@ class Boosted:
         "Rounds by horizon and forest"
         return [[len(trees) // self.task.columns for trees in one.trees] for one in self.each]
 
+    @functools.cached_property
+    def lines(self) -> np.ndarray:   # Weights of all horizons [F + 1, H, forests, columns]
+        return np.stack([one.weights for one in self.each], 1)
+
     def predict(self, x: np.ndarray) -> np.ndarray:   # [S, F] -> [S, H], quantiles [S, H, Q] or probabilities [S, H, C]
         "Forecasts; needs no library"
-        z = self.scale(x)
-        def score(one): return along(z, one.weights) + np.stack([trees.score(x) for trees in one.trees], 1)
-        return self.task.forecast(np.stack([score(one) for one in self.each], 1))
+        trees = np.array([[forest.score(x) for forest in one.trees] for one in self.each])   # [H, forests, S, columns]
+        return self.task.forecast(along(self.scale(x), self.lines) + np.moveaxis(trees, 2, 0))
 
     def contributions(self, x: np.ndarray, usual: np.ndarray) -> np.ndarray:   # [S, F], [F] -> [S, F, H]
         "What the mean loses where one input alone has its usual value; ValueError where it is no mean"
         if self.task != Task(): raise ValueError(f'contributions are those to a mean, not to {self.task}')
         away = self.scale(x) - self.scale(usual)
-        def one(m): return away * m.weights[:-1, 0, 0] + m.trees[0].contributions(x, usual)[..., 0]
-        return np.stack([one(m) for m in self.each], -1)
+        by_trees = [one.trees[0].contributions(x, usual)[..., 0] for one in self.each]
+        return away[..., None] * self.lines[:-1, :, 0, 0] + np.stack(by_trees, -1)
 
 # %% ../nbs/26_boosting.ipynb #c46b86c1
 def forest_name(j: int, k: int) -> str: return f'{j}.{k}.'    # Horizon and forest

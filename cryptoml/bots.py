@@ -185,14 +185,14 @@ def predictions(
     fc = f.forecast(view.inputs, view.sigma, sample, each=True)
     rarity = f.rarity(view.inputs, sample)
     reach = np.exp(fc['mean_volatility']) * np.sqrt(np.array(f.config.horizons))
-    without_reasons = np.zeros(len(f.names) + 2)
-    def one(i):
-        n, t = int(sample.coin[i]), int(sample.bar[i])
-        usual = f.bands.bounds(reach[i], third[n, t])
-        said = {k: v[i] for k, v in fc.items()}
-        return plain(view, Ready(n, t, []), said, float(rarity[i]), usual, without_reasons)
+    without_reasons = np.zeros((N, len(f.names) + 2))
     for b in np.flatnonzero(ok.any(0)):
-        yield {view.panel.symbols[n]: one(b * N + n) for n in np.flatnonzero(ok[:, b])}
+        coins = np.flatnonzero(ok[:, b])
+        rows = b * N + coins
+        usual = np.stack([f.bands.bounds(reach[i], third[sample.coin[i], sample.bar[i]]) for i in rows])
+        ready = [Ready(int(n), int(bars[b]), []) for n in coins]
+        said = plain(view, ready, {k: v[rows] for k, v in fc.items()}, rarity[rows], usual, without_reasons[coins])
+        yield {view.panel.symbols[n]: p for n, p in zip(coins, said)}
 
 # %% ../nbs/53_bots.ipynb #7633b27b
 def forecast_view(

@@ -72,6 +72,7 @@ def seen_now(
     f: Forecaster,
     inputs: Inputs,
     sigma: np.ndarray,     # Trailing volatility per bar [N, T]
+    volatility: np.ndarray | None = None,   # As in `regime_now`
 ) -> Seen:                 # [N, ...]
     "`seen` of all coins at the last bar"
     panel, c = inputs.panel, f.config
@@ -81,7 +82,7 @@ def seen_now(
     return Seen(
         x=f.scaler(inputs.x[:, -1]),
         past=past_class(*recent(c.horizons[-1]), c.horizons, c.round_trip)[:, -1],
-        regime=regime_now(panel),
+        regime=regime_now(panel, volatility),
         volatility=past_volatility(close, c.horizons, bar, last=True)[:, 0],
         har=har_inputs(close, calendar(panel.time[-1:]), bar, last=True)[:, 0],
         trend=np.concatenate([own, own - median_coin(own)], -1),
@@ -126,7 +127,7 @@ def together(
     return averaged(said, networks[0].network.config.quantiles)
 
 def averaged(said: list[dict[str, np.ndarray]], levels: tuple[float, ...]) -> dict[str, np.ndarray]:
-    out = {k: np.mean([s[k] for s in said], 0) for k in said[0]}
+    out = {k: np.mean([s[k] for s in said], 0) for k in said[0]} if len(said) > 1 else said[0]
     return out | dict(mean_volatility=mean_of_quantiles(out['volatility'], levels))
 
 def with_spread(

@@ -39,13 +39,16 @@ def parse_timeframe(
     except (ValueError, OverflowError): pass   # longer than a Timedelta can be
     raise DataError(f"timeframe {timeframe!r} is not a length of time: write it as '15m', '1h', '4h' or '1d'")
 
+@functools.lru_cache
+def _written(text: str) -> pd.Timedelta | None:
+    found = re.fullmatch(r'(\d+)(s|m|min|h|H|d|D)', text.strip())
+    if not found: return None
+    number, unit = found.groups()
+    return pd.Timedelta(int(number), 'D' if unit in 'dD' else unit.lower())
+
 def _timedelta(timeframe) -> pd.Timedelta | None:
     "A length of time from its text or its object, None where it is neither"
-    if isinstance(timeframe, str):
-        found = re.fullmatch(r'(\d+)(s|m|min|h|H|d|D)', timeframe.strip())
-        if not found: return None
-        number, unit = found.groups()
-        return pd.Timedelta(int(number), 'D' if unit in 'dD' else unit.lower())
+    if isinstance(timeframe, str): return _written(timeframe)
     if isinstance(timeframe, (datetime.timedelta, np.timedelta64)): return pd.Timedelta(timeframe)
 
 # %% ../nbs/00_data.ipynb #1e733ee6

@@ -287,14 +287,20 @@ class Feed:
         if known and timeframe not in known:
             raise FeedError(f'{self.exchange.id} has no bars of {timeframe}: it has {", ".join(known)}')
         self.patience = Patience(retries, pause, sleep)
-        self.names = {normalise_symbol(s): s for s in symbols}   # standard form -> as it was written
-        if len(self.names) < len(symbols): raise FeedError(f'{", ".join(symbols)}: a coin is named twice')
-        self.symbols = list(self.names)
-        self.health = {s: Health(s) for s in self.symbols}       # of the bars
-        self.book_health = {s: Health(s) for s in self.symbols}
+        self.names, self.symbols = {}, []                # standard form -> as it was written; in the order given
+        self.health, self.book_health = {}, {}           # of the bars and of the books, by coin
+        for symbol in symbols: self.add(symbol)
         self.duplicates = Counter()     # Rows that came twice in an answer, by coin
         self._given = {}                # The last bar that `history` or `newest` gave, by coin
         self._turn = threading.Lock()   # Of those who read the list of markets
+
+    def add(self, symbol: str):
+        "One more coin, which `history`, `newest` and all others ask for from now on"
+        name = normalise_symbol(symbol)
+        if name in self.names: raise FeedError(f'{symbol}: a coin is named twice, it is in this feed already')
+        self.names[name] = symbol
+        self.symbols.append(name)
+        self.health[name], self.book_health[name] = Health(name), Health(name)
 
     def _ask(self, what, call, stop=None, patience=None):
         "An answer of the exchange"

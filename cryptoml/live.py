@@ -63,7 +63,7 @@ def say(
     least: float | None = None,   # Confidence asked for; None: the threshold of the model
 ) -> dict[str, dict]:             # Symbol to its prediction and signal
     "What the model says of every coin; whatever fails is a HOLD that says so"
-    coins = ai.live().terms.symbols
+    coins = ai.coins()
     if bars is None or not len(bars): return {k: held_for(ai, k, 'no bars were received') for k in coins}
     try: return with_signals(ai, ai.predict_sync(bars, now=now), now, least)
     except Exception as e:
@@ -275,7 +275,9 @@ class Live:
     def take(self, seconds: float) -> str | None:   # What went wrong
         "Bars of one request, kept"
         now = self.clock()
-        try: new = self.past(now) if self.kept is None else self.feed.newest(now, deadline=seconds)
+        try:
+            new = self.past(now) if self.kept is None else self.feed.newest(now, deadline=seconds)
+            if self.kept is not None: self.follow_added(now)
         except Exception as e: return f'{type(e).__name__}: {e}'
         if len(new): self.kept = trimmed(merged(self.kept, new), now, self.bar, self.most)
 
@@ -283,12 +285,21 @@ class Live:
         "The history of all coins; where it does not come as a whole, of those that have one"
         try: return self.feed.history(self.most, now=now)
         except DataError as error: found, why = [], error
-        for symbol in self.terms.symbols:
-            with contextlib.suppress(DataError):
-                found.append(self.feed.since(now - self.most * self.bar, now, symbols=[symbol]))
+        for symbol in self.feed.symbols:
+            with contextlib.suppress(DataError): found.append(self.history_of(symbol, now))
         if not found: raise why
         self.watch('feed', 'history', str(why))
         return pd.concat(found, ignore_index=True)
+
+    def history_of(self, symbol: str, now: pd.Timestamp) -> pd.DataFrame:
+        return self.feed.since(now - self.most * self.bar, now, symbols=[symbol])
+
+    def follow_added(self, now: pd.Timestamp):
+        "Coins that were added since: their history, with what is kept"
+        for symbol in self.ai.coins():
+            if symbol in self.feed.health: continue
+            self.kept = merged(self.kept, self.history_of(symbol, now))
+            self.feed.add(symbol)
 
     def watch(self, where: str, symbol: str, what: str | None):
         "A fault of a coin is written down when it begins"
@@ -435,7 +446,7 @@ def feeds(s: dict) -> str:
         h = s['health'][symbol]
         ill = f'<b class="bad">ill</b> since {cell(ago(h.since, s["now"]))}: {cell(h.error)}'
         return [cell(symbol), cell(ago(h.last, s['now'])), ill if h.error else 'well']
-    return table(['coin', 'last bar opened', 'feed'], [row(k) for k in s['terms'].symbols], 'no coins')
+    return table(['coin', 'last bar opened', 'feed'], [row(k) for k in s['health']], 'no coins')
 
 def calibrated(report: dict | None) -> str:
     "What the monitor says of the forecasts whose answer is known"
@@ -565,6 +576,7 @@ def spans(folder: Path, journal: Journal) -> list[tuple[dict, list[int]]]:
     of = after.searchsorted(pd.DatetimeIndex([x.now for x in journal.entries()])) - 1    # the last that began before it
     return [(s, np.flatnonzero(of == i).tolist()) for i, s in enumerate(sessions)]
 
+# %% ../nbs/54_live.ipynb #2dab372d
 def parity(
     folder,             # Of a live run
     state=None,         # Folder of its model; None: as the run was told
@@ -579,6 +591,7 @@ def parity(
             lost += len(places)
             continue
         ai = load_ai(place, session['act_on'])
+        for symbol in {k for place in places for k in entries[place].said} - {*ai.coins()}: ai.add_coin(symbol)
         for k in places:
             again = say(ai, journal.bars_at(k), entries[k].now, session['least'])
             for symbol, said in entries[k].said.items():
@@ -788,6 +801,7 @@ def live_parser() -> _Parser:
     parser.add_argument('--paper', action='store_true', help='with paper money: there is nothing else')
     parser.add_argument('--out', default='runs/live', help='folder of signals, journal, account and page')
     parser.add_argument('--equity', type=float, default=1., help='money of a new account')
+    parser.add_argument('--add', metavar='COINS', help='coins that came after the training, such as PEPE/USDT,WIF/USDT')
     parser.add_argument('--url', help="address in place of the exchange's own")
     parser.add_argument('--deadline', type=float, default=30., help='seconds after which a late coin is left out')
     parser.add_argument('--grace', type=float, default=2., help='seconds after a close until the exchange is asked')
@@ -813,7 +827,8 @@ def live_command(argv: list[str]) -> int:
     terms = ai.live().terms
     if terms.sources:
         raise CommandError(f'this model needs {", ".join(terms.sources)} beside its bars: a feed of candles lacks them')
-    live = Live(ai, Feed(a.exchange, terms.symbols, in_ccxt(terms.timeframe), url=a.url), a.out, settings)
+    for symbol in a.add.split(',') if a.add else []: ai.add_coin(symbol)
+    live = Live(ai, Feed(a.exchange, ai.coins(), in_ccxt(terms.timeframe), url=a.url), a.out, settings)
     print(f'page: {Path(a.out).absolute()/"status.html"}', flush=True)
     live.run(a.bars)
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
-from .baselines import N_CLASSES, Seen
+from .baselines import N_CLASSES, Seen, with_one
 from .boosting import Forests, NoTrees, Task, along, arrays_of, boosted_of, line, newest
 
 # %% ../nbs/27_members.ipynb #2018faa6
@@ -83,7 +83,8 @@ class Lines:
     def __call__(self, s: Seen) -> dict[str, np.ndarray]:
         "Forecasts by target, NaN where something that is looked at is missing"
         z = VIEWS[self.view](s)
-        score = {k: np.stack([along(z, w) for w in ws], 1) for k, ws in self.weights.items()}
+        one = with_one(z)
+        score = {k: np.swapaxes(one @ w[:, :, 0], 0, 1)[:, :, None] for k, w in self.weights.items()}   # [S, H, 1, C]
         said = {k: TASKS[k].forecast(v) for k, v in score.items()}
         return {k: v[..., None] if k == 'volatility' else v for k, v in said.items()}
 

@@ -6,11 +6,12 @@
 __all__ = ['SPARE', 'MICROSECOND', 'GONE', 'NAMED', 'FLAT', 'QUIET', 'NETWORKS', 'SHOWN', 'Prediction', 'weights_of', 'Snapshot',
            'coin_bars', 'check_given', 'recent_bars', 'bar_faults', 'View', 'look', 'beside_candles', 'window_faults',
            'masked', 'others_masked', 'TooShort', 'Ready', 'Faulty', 'unit_faults', 'examine', 'without_forecast',
-           'named', 'largest', 'looked_at', 'owed_to_members', 'owed_to_networks', 'rests_on', 'largest_inputs',
-           'of_book', 'what_came', 'too_late', 'intervals_now', 'plain', 'coin_of', 'predict_view', 'predict_newest']
+           'largest', 'looked_at', 'owed_to_members', 'owed_to_networks', 'rests_on', 'largest_inputs', 'known',
+           'of_book', 'what_came', 'too_late', 'intervals_now', 'samples_of', 'numbers_of', 'plain', 'coin_of',
+           'predict_view', 'predict_newest']
 
 # %% ../nbs/44_newest.ipynb #e7d2ccd3
-import functools, hashlib
+import functools, hashlib, math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 import numpy as np
@@ -393,8 +394,6 @@ def without_forecast(s: Snapshot, symbol: str, last: pd.Timestamp | None, faults
     return Prediction(**nothing | known)
 
 # %% ../nbs/44_newest.ipynb #7ccac3b7
-def named(names, row) -> dict: return dict(zip(names, map(float, row)))
-
 FLAT = 2    # Times an even share: attention that is nowhere more than this says nothing
 
 def largest(weights: np.ndarray, n: int = 3) -> list[int]:   # Places of the largest that stand out, largest first
@@ -402,13 +401,14 @@ def largest(weights: np.ndarray, n: int = 3) -> list[int]:   # Places of the lar
 
 def looked_at(
     s: Snapshot,
-    fc: dict,             # What `forecast` gives for one sample, of each
-    symbols: list[str],   # Coins of the panel [N]
+    attention: np.ndarray,   # Of each step ahead to each bar [K, L + K]
+    coins: np.ndarray,       # To each coin [N]
+    symbols: list[str],      # Coins of the panel [N]
     symbol: str,
 ) -> dict:
     "The bars and the other coins that attention stands out on, with their weights"
     L = s.forecaster.lookback
-    bars, coins = fc['attention'].mean(0)[:L], fc['coins']
+    bars = attention.mean(0)[:L]
     return dict(
         attention=[dict(bars_ago=int(L - 1 - i), weight=float(bars[i])) for i in largest(bars)],
         coins=[dict(symbol=symbols[i], weight=float(coins[i])) for i in np.argsort(-coins)[:3]
@@ -475,28 +475,32 @@ def rests_on(
 
 SHOWN = 12    # Inputs of a prediction
 
-def largest_inputs(s: Snapshot, view: View, ready: Ready, owed: np.ndarray) -> list[dict]:
+def largest_inputs(
+    view: View,
+    sample: Samples,      # [S]
+    owed: np.ndarray,     # What each score owes to each input [S, F + 2]
+) -> list[list[dict]]:    # Of each, largest first
     "The inputs that contribute most, with their present values"
-    f, x = s.forecaster.first, view.inputs.x[ready.coin, ready.bar]
-    sigma = view.sigma[:, ready.bar]
-    quiet = np.log(np.nanmedian(sigma)) - np.log(sigma[ready.coin])
-    names = [*f.names, QUIET, NETWORKS]
-    values = np.concatenate([np.where(np.isnan(x), np.nan, f.scaler(x)), [quiet, owed[-1]]])
-    most = [i for i in np.argsort(-np.abs(owed), kind='stable')[:SHOWN] if owed[i]]
-    return [dict(name=names[i], value=float(values[i]), contribution=float(owed[i])) for i in most]
+    f, x = view.model.forecaster.first, view.inputs.x[sample.coin, sample.bar]
+    quiet = np.log(np.nanmedian(view.sigma[:, sample.bar], 0)) - np.log(view.sigma[sample.coin, sample.bar])
+    values = np.column_stack([np.where(np.isnan(x), np.nan, f.scaler(x)), quiet, owed[:, -1]])
+    most = np.argsort(-np.abs(owed), 1, kind='stable')[:, :SHOWN]
+    names = np.array([*f.names, QUIET, NETWORKS], object)[most].tolist()
+    shown = (np.take_along_axis(a, most, 1).tolist() for a in (values, owed))
+    return [[dict(name=n, value=v, contribution=c) for n, v, c in zip(*row) if c] for row in zip(names, *shown)]
 
 # %% ../nbs/44_newest.ipynb #b9f4c530
-def of_book(view: View, ready: Ready, fc: dict) -> dict:
-    "What the declared book is given of a coin: score and confidence, beta and correlations"
+def known(v: float) -> float | None: return v if math.isfinite(v) else None
+
+def of_book(view: View, sample: Samples, fc: dict) -> dict[str, list]:
+    "What the declared book is given of each sample: score and confidence, beta and correlations"
     symbols, book = view.panel.symbols, view.model.terms.declared
-    alone = {k: v[None] for k, v in fc.items()}                    # a sample of one
-    def known(v): return float(v) if np.isfinite(v) else None
-    others = {k: known(v) for k, v in zip(symbols, fc['correlation']) if k != symbols[ready.coin]}
+    def others(row, n): return {k: known(v) for k, v in zip(symbols, row) if k != symbols[n]}
     return dict(
-        beta=known(view.beta[ready.coin, ready.bar]),
-        correlation=others,
-        score=float(book.score(alone)[0]),
-        confidence=float(book.confidence(alone)[0]),
+        beta=[known(v) for v in view.beta[sample.coin, sample.bar].tolist()],
+        correlation=[others(row, n) for row, n in zip(fc['correlation'].tolist(), sample.coin)],
+        score=book.score(fc).tolist(),
+        confidence=book.confidence(fc).tolist(),
     )
 
 # %% ../nbs/44_newest.ipynb #d3cde1db
@@ -527,11 +531,14 @@ def intervals_now(view: View, ready: list[Ready], fc: dict, rarity: np.ndarray) 
     bar = panel.timeframe // MICROSECOND
     closes, number = panel.time.as_unit('us').asi8 + bar, panel.bar_number
     every, until = bars_of(SPACING, panel.timeframe), pd.Timestamp(s.terms.trained_until).value // 1000
+    usual = {}                                   # bounds in standard deviations, of each third that is met
     def one(x, r, rare):
         where, close = third_at(view.sigma[x.coin, :x.bar + 1], panel.timeframe), int(closes[x.bar])
         decides = number[x.bar] % every == every - 1
         new = close >= until
-        if not (decides and new and rare >= ODD): return bands.bounds(r, where)
+        if not (decides and new and rare >= ODD):
+            if where not in usual: usual[where] = bands.bounds(np.ones_like(r), where)
+            return r[:, None, None] * usual[where]
         coin = s.terms.symbols.index(panel.symbols[x.coin])
         return bands.give(r, where, (coin, close), (close + (horizons + 1) * bar).tolist())
     with bands.lock:
@@ -539,45 +546,56 @@ def intervals_now(view: View, ready: list[Ready], fc: dict, rarity: np.ndarray) 
         return np.stack([one(*row) for row in zip(ready, reach, rarity)])
 
 # %% ../nbs/44_newest.ipynb #41677191
+def samples_of(ready: list[Ready]) -> Samples: return Samples(*np.array([(x.coin, x.bar) for x in ready]).T)
+
+def numbers_of(s: Snapshot, fc: dict) -> dict[str, list]:
+    "What is forecast of each sample, by the names of a prediction"
+    c, middle = s.forecaster.first.network.config, len(s.forecaster.levels) // 2
+    volatility, steps = np.exp(fc['volatility']), [h // c.stride - 1 for h in c.horizons]
+    return dict(
+        direction=[[dict(zip(CLASSES, row)) for row in rows] for rows in fc['direction'].tolist()],
+        relative=fc['relative'].tolist(),
+        relative_up=fc['relative_direction'][..., 1].tolist(),
+        quantiles=fc['path'][:, steps].tolist(),
+        volatility=volatility[..., middle].tolist(),
+        volatility_quantiles=volatility.tolist(),
+        regime=[dict(zip(REGIMES, row)) for row in fc['regime'][:, -1].tolist()],
+        size=fc['size'].tolist(),
+    )
+
+# %% ../nbs/44_newest.ipynb #dc62774b
 def plain(
     view: View,
-    ready: Ready,
-    fc: dict,               # What `forecast` gives for this sample, of each
-    rarity: float,          # Of its inputs
-    intervals: np.ndarray,  # Of its returns [H, levels, 2]
-    owed: np.ndarray,       # What its score owes to each input [F + 2]
-) -> Prediction:
-    "A forecast as plain values"
-    s, c, panel = view.model, view.model.forecaster.first.network.config, view.panel
-    n, t, symbol = ready.coin, ready.bar, panel.symbols[ready.coin]
-    close = panel.time[t] + panel.timeframe
-    if not all(np.isfinite(v).all() for k, v in fc.items() if k != 'correlation'):
-        return without_forecast(s, symbol, panel.time[t], ['the model does not answer with numbers'])
-    steps = [h // c.stride - 1 for h in c.horizons]
-    return Prediction(
-        symbol=symbol,
-        data_time=close.isoformat(),
-        price=float(panel['close'][n, t]), faults=[],
-        horizons=list(c.horizons),
-        direction=[named(CLASSES, row) for row in fc['direction']],
-        relative=fc['relative'].tolist(),
-        relative_up=fc['relative_direction'][:, 1].tolist(),
-        quantile_levels=list(c.quantiles),
-        quantiles=fc['path'][steps].tolist(),
-        interval_levels=list(s.forecaster.bands.levels),
+    ready: list[Ready],
+    fc: dict,               # What `View.forecast` gives of them, of each [S, ...]
+    rarity: np.ndarray,     # Of their inputs [S]
+    intervals: np.ndarray,  # Of their returns [S, H, levels, 2]
+    owed: np.ndarray,       # What each score owes to each input [S, F + 2]
+) -> list[Prediction]:
+    "Forecasts as plain values"
+    s, panel, sample = view.model, view.panel, samples_of(ready)
+    sound = np.logical_and.reduce([np.isfinite(v).reshape(len(v), -1).all(1)
+                                   for k, v in fc.items() if k != 'correlation'])
+    said = numbers_of(s, fc) | of_book(view, sample, fc) | dict(
+        price=panel['close'][sample.coin, sample.bar].tolist(),
+        sigma=view.sigma[sample.coin, sample.bar].tolist(),
+        rarity=rarity.tolist(),
         intervals=intervals.tolist(),
-        volatility=np.exp(fc['volatility'][:, len(c.quantiles) // 2]).tolist(),
-        volatility_quantiles=np.exp(fc['volatility']).tolist(),
-        regime=named(REGIMES, fc['regime'][-1]),
-        size=fc['size'].tolist(),
-        sigma=float(view.sigma[n, t]),
-        rarity=rarity,
-        **of_book(view, ready, fc),
-        in_sample=close < pd.Timestamp(s.terms.trained_until),
-        notes=ready.notes + too_late(s.forecaster.bands, close),
-        inputs=largest_inputs(s, view, ready, owed),
-        **looked_at(s, fc, panel.symbols, symbol),
-    )
+        inputs=largest_inputs(view, sample, owed))
+    def one(i, x):
+        symbol, begun = panel.symbols[x.coin], panel.time[x.bar]
+        if not sound[i]: return without_forecast(s, symbol, begun, ['the model does not answer with numbers'])
+        close = begun + panel.timeframe
+        seen = looked_at(s, fc['attention'][i], fc['coins'][i], panel.symbols, symbol)
+        return Prediction(
+            symbol=symbol, data_time=close.isoformat(), faults=[],
+            horizons=list(s.forecaster.config.horizons),
+            quantile_levels=list(s.forecaster.levels),
+            interval_levels=list(s.forecaster.bands.levels),
+            **{k: v[i] for k, v in said.items()}, **seen,
+            in_sample=close < pd.Timestamp(s.terms.trained_until),
+            notes=x.notes + too_late(s.forecaster.bands, close))
+    return [one(i, x) for i, x in enumerate(ready)]
 
 # %% ../nbs/44_newest.ipynb #43816f5e
 def coin_of(s: Snapshot, symbol: str | None) -> str | None:
@@ -607,14 +625,12 @@ def predict_view(
     ready = {name: x for name, x in examined.items() if isinstance(x, Ready)}
     out = {name: without_forecast(s, name, *x) for name, x in examined.items() if isinstance(x, Faulty)}
     if ready:
-        sample = Samples(np.array([x.coin for x in ready.values()]), np.array([x.bar for x in ready.values()]))
+        sample = samples_of(list(ready.values()))
         fc = view.forecast(sample)
         rarity = s.forecaster.rarity(view.inputs, sample)
         intervals = intervals_now(view, list(ready.values()), fc, rarity)
         owed = rests_on(view, sample, fc)
-        for i, (name, x) in enumerate(ready.items()):
-            fc_i = {k: v[i] for k, v in fc.items()}
-            out[name] = plain(view, x, fc_i, float(rarity[i]), intervals[i], owed[i])
+        out |= zip(ready, plain(view, list(ready.values()), fc, rarity, intervals, owed))
     return {name: out[name] for name in wanted}
 
 # %% ../nbs/44_newest.ipynb #6f3a7138

@@ -20,7 +20,8 @@ from .forecaster import Forecaster, Inputs, all_features, make_inputs, unscaled
 from .newest import (MICROSECOND, SPARE, Prediction, Snapshot, View, check_given, coin_bars, coin_of, examine,
                              look, predict_view)
 from .stream import NetworkStream
-from .targets import BETA_SPAN, LEAST, bar_returns, sigma_span, trailing_beta, trailing_sigma
+from .targets import (BETA_SPAN, LEAST, bar_returns, recent_volatility, regime_bars, sigma_span,
+                              trailing_beta, trailing_sigma)
 from .windows import (Samples, calendar, log_returns, missing, mostly_there, trailing_correlation,
                               trailing_spans)
 
@@ -29,8 +30,16 @@ from .windows import (Samples, calendar, log_returns, missing, mostly_there, tra
 class Rows:
     "Bars as numbers, in any order"
     coin: np.ndarray      # Place of each row's coin among the symbols [n]
+    time: np.ndarray      # When each bar began, microseconds [n]
     number: np.ndarray    # Bars since the epoch [n]
     values: np.ndarray    # [n, C]
+
+    @property
+    def span(self) -> int: return int(np.ptp(self.number)) if len(self.number) else 0   # Bars from first to last
+
+    def early(self, when: pd.Timestamp) -> np.ndarray: return self.time <= when.value // 1000   # Begun by then [n]
+
+    def pick(self, some: np.ndarray): return Rows(*(x[some] for x in vars(self).values()))
 
 def rows_of(
     bars: pd.DataFrame,     # Market frame of these symbols
@@ -46,7 +55,7 @@ def rows_of(
     if (t % length != phase).any(): return None
     place = np.array([panel.symbols.index(name) for name in names])
     values = np.stack([bars[c].to_numpy(float) for c in columns], -1)
-    return Rows(place[code], t // length, values)
+    return Rows(place[code], t, t // length, values)
 
 # %% ../nbs/49_online.ipynb #3eaa91c7
 def ordinary(
@@ -86,6 +95,11 @@ class NetworkNow:
         batch = f.windows(inputs).batch(last)
         self.stream = NetworkStream(f.network, batch['static'][0], batch['pairs'][0])
         self.stream.update(batch['past'][0])
+        self.length, self.c = len(inputs.panel.time), f.network.config
+        self.steps = self.c.stride * np.arange(1, self.c.steps + 1)
+        bar = inputs.panel.timeframe
+        later = pd.date_range(inputs.panel.time[-1], periods=SPARE + self.steps[-1] + 1, freq=bar)
+        self.calendar = calendar(later)        # of the last bar, and of all that may come
 
     def add(self, x: np.ndarray):   # Inputs of one more bar [N, F], NaN where missing
         row = np.concatenate([self.f.scaler(x), missing(x[:, None], self.f.families)[:, 0]], -1)
@@ -93,14 +107,12 @@ class NetworkNow:
 
     def say(self, panel: Panel, sigma: np.ndarray, present: np.ndarray) -> dict[str, np.ndarray]:
         "What `forecast` gives of all coins at the last bar [N, ...]; sigma and whether a coin can be read [N]"
-        c, spans = self.f.network.config, trailing_spans(panel.timeframe)
-        steps = np.arange(1, c.steps + 1)
-        ahead = calendar(pd.DatetimeIndex(panel.time[-1] + panel.timeframe * c.stride * steps))
-        future = np.concatenate([ahead, (steps / c.steps)[:, None]], -1).astype(np.float32)
+        spans, ahead = trailing_spans(panel.timeframe), self.calendar[len(panel.time) - self.length + self.steps]
+        future = np.column_stack([ahead, self.steps / self.steps[-1]]).astype(np.float32)
         moves = log_returns(panel['close'][:, -(spans[-1] + 1):])[:, -spans[-1]:].astype(np.float32)
         def there(a): return torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
         out = self.stream.forecast(there(future), trailing_correlation(there(moves), spans), there(present))
-        return unscaled({k: v.float().cpu().numpy() for k, v in out.items()}, sigma, c)
+        return unscaled({k: v.float().cpu().numpy() for k, v in out.items()}, sigma, self.c)
 
 # %% ../nbs/49_online.ipynb #aeb15f21
 class Trailing:
@@ -125,13 +137,17 @@ def moves_of(r: np.ndarray) -> tuple[np.ndarray, ...]:   # Returns [N, T] -> squ
     return r ** 2, r * market, np.where(there, market ** 2, np.nan)
 
 class Risk:
-    "`trailing_sigma` and `trailing_beta` of bars that come one by one"
+    "`trailing_sigma`, `trailing_beta` and `recent_volatility` of bars that come one by one"
     def __init__(self, panel: Panel):
         spans = [sigma_span(panel.timeframe)] + [bars_of(BETA_SPAN, panel.timeframe, LEAST)] * 2
         self.means = [Trailing(x, span) for x, span in zip(moves_of(bar_returns(panel)), spans)]
         self.sigma, self.beta = Growing(trailing_sigma(panel), SPARE), Growing(trailing_beta(panel), SPARE)
+        self.short = regime_bars(panel.timeframe)[1]
+        self.volatility = Growing(recent_volatility(panel['close'], self.short), SPARE)
 
-    def add(self, close: np.ndarray):   # The last two [N, 2], NaN where missing
+    def add(self, close: np.ndarray):   # The last [N, more than `short`], NaN where missing
+        self.volatility.add(recent_volatility(close[:, -self.short - 1:], self.short)[:, -1])
+        close = close[:, -2:]
         squared, together, alone = (m.add(x[:, 0]) for m, x in zip(self.means, moves_of(np.diff(np.log(close)))))
         there, sigma = np.isfinite(close[:, 1]), np.sqrt(squared)
         self.sigma.add(np.where(there & (sigma > 1e-9), sigma, np.nan))
@@ -202,7 +218,7 @@ class Kept:
         window = mostly_there(self.mask.now[:, -lookback:], lookback)[:, -1]
         self.usable.add(window & (np.isnan(x).mean(-1) < .5))
         for network in self.networks: network.add(x)
-        self.risk.add(self.panel['close'][:, -2:])
+        self.risk.add(self.panel['close'])
         self.sources, self.said, self.seen = sources, None, None
 
     def view(self, now: pd.Timestamp) -> Followed:
@@ -221,7 +237,7 @@ class Kept:
 
     def here(self, view: View) -> Seen:   # [N, ...]
         "What the members see of all coins at the newest bar"
-        if self.seen is None: self.seen = seen_now(self.f.first, view.inputs, view.sigma)
+        if self.seen is None: self.seen = seen_now(self.f.first, view.inputs, view.sigma, self.risk.volatility.now)
         return self.seen
 
     def bars(self) -> pd.DataFrame:
@@ -299,8 +315,9 @@ def is_market(data, symbols: list[str]) -> bool:
     "Whether this is a market frame of these coins already, with nothing to be read into it"
     if not isinstance(data, pd.DataFrame) or not {'time', 'symbol', *CANDLE} <= set(data.columns): return False
     numbers = [c for c in data.columns if c not in ('time', 'symbol')]
-    floats = set(numbers) <= {*CANDLE, *EXTRA} and all(data[c].dtype == np.float64 for c in numbers)
-    utc = isinstance(data['time'].dtype, pd.DatetimeTZDtype) and str(data['time'].dt.tz) == 'UTC'
+    kinds = dict(data.dtypes)
+    floats = set(numbers) <= {*CANDLE, *EXTRA} and all(kinds[c] == np.float64 for c in numbers)
+    utc = isinstance(kinds['time'], pd.DatetimeTZDtype) and str(kinds['time'].tz) == 'UTC'
     return floats and utc and len(data) > 0 and set(data['symbol'].unique()) <= set(symbols)
 
 # %% ../nbs/49_online.ipynb #4b8dd86b
@@ -371,9 +388,10 @@ class Online:
         "Add what is new, where it is ordinary"
         view, step = self.view, self.model.timeframe
         if view is None or unread or not can_follow(view) or view.panel.time[-1] + step > now: return False
-        if (bars['time'] > now + skew).any(): return False
-        rows, whole = rows_of(bars[bars['time'] + step <= now], view.panel), self.is_whole(bars)
-        if rows is None or not len(rows.number) or whole and not self.all_good: return False
+        rows = rows_of(bars, view.panel)
+        if rows is None or not rows.early(now + skew).all(): return False
+        whole, rows = rows.span >= self.model.need - 1, rows.pick(rows.early(now - step))
+        if not len(rows.number) or whole and not self.all_good: return False
         if not agrees(view.panel, rows, whole): return False
         found = new_bars(view.panel, rows)
         if not found: return found is not None and same_frames(sources, self.sources)

@@ -6,8 +6,8 @@
 __all__ = ['SPAN', 'LEAST', 'BETA_SPAN', 'CLASSES', 'BAND', 'LARGEST', 'REGIMES', 'QUANTILE', 'TAU', 'FLOATS', 'HORIZONS',
            'SCALED_CLIP', 'RELATIVE_CLIP', 'bar_returns', 'sigma_span', 'trailing_sigma', 'trailing_beta', 'later',
            'forward_returns', 'pegged', 'direction', 'market_centre', 'above', 'realised_volatility', 'pair_window',
-           'enough_of', 'realised_correlation', 'regime_bars', 'regime', 'last_sums', 'regime_now', 'Targets',
-           'make_targets', 'path']
+           'enough_of', 'realised_correlation', 'regime_bars', 'regime', 'last_sums', 'recent_volatility', 'regime_now',
+           'Targets', 'make_targets', 'path']
 
 # %% ../nbs/18_targets.ipynb #55094339
 from dataclasses import dataclass
@@ -211,28 +211,37 @@ def last_sums(
 ) -> tuple[np.ndarray, np.ndarray]:   # Sums of the last `span` values at each bar, and how many were there [N, T]
     there = np.isfinite(x)
     def sums(v):
-        total = np.pad(np.cumsum(v, 1), ((0, 0), (span, 0)))
-        return total[:, span:] - total[:, :-span]
+        total = np.cumsum(v, 1)
+        total[:, span:] -= total[:, :-span].copy()
+        return total
     return sums(np.where(there, x, 0)), sums(there.astype(float))
 
-def regime_now(panel: Panel) -> np.ndarray:
-    "`regime` at the last bar, int64 [N]"
-    trend, short, past = regime_bars(panel.timeframe)
-    close = np.log(panel['close'][:, -(past + short + 1):])
-    r = np.diff(close, axis=1, prepend=np.nan)
+def recent_volatility(
+    close: np.ndarray,   # [N, T], NaN where missing
+    short: int,          # Bars
+) -> np.ndarray:         # Of the last `short` bars at each bar [N, T], NaN where half of them are missing
+    "The volatility that `regime` compares"
+    r = np.diff(np.log(close), axis=1, prepend=np.nan)
     total, n = last_sums(r ** 2, short)
-    mean = np.where(n >= short // 2, total.clip(min=0) / np.maximum(n, 1), np.nan)
-    volatility = np.sqrt(mean[:, -(past + 1):])
-    before = volatility[:, :-1]
+    return np.sqrt(np.where(n >= short // 2, total.clip(min=0) / np.maximum(n, 1), np.nan))
+
+def regime_now(
+    panel: Panel,
+    volatility: np.ndarray | None = None,   # `recent_volatility` at each bar [N, T], where somebody keeps it
+) -> np.ndarray:                            # int64 [N]
+    "`regime` at the last bar"
+    trend, short, past = regime_bars(panel.timeframe)
+    if volatility is None: volatility = recent_volatility(panel['close'][:, -(past + short + 1):], short)
+    r = np.diff(np.log(panel['close'][:, -(trend + 1):]), axis=1)
+    before, volatility = volatility[:, -(past + 1):-1], volatility[:, -1]
     enough = np.isfinite(before).sum(1) >= 2 * trend
     threshold = np.full(len(r), np.nan)
     quantile = np.quantile if np.isfinite(before).all() else np.nanquantile
     if enough.any(): threshold[enough] = quantile(before[enough], QUANTILE, axis=1)
-    recent = r[:, -trend:]
-    there = np.isfinite(recent)
-    moves = np.where(there, recent, 0)
+    there = np.isfinite(r)
+    moves = np.where(there, r, 0)
     tau = moves.sum(1) / np.sqrt((moves ** 2).sum(1).clip(min=1e-12))
-    label = np.select([volatility[:, -1] > threshold, tau > TAU, tau < -TAU], [3, 0, 1], 2)
+    label = np.select([volatility > threshold, tau > TAU, tau < -TAU], [3, 0, 1], 2)
     known = np.isfinite(threshold) & (there.sum(1) >= trend // 2)
     return np.where(panel.mask[:, -1] & known, label, -1).astype(np.int64)
 

@@ -36,8 +36,11 @@ class Model:
     "A model of four coins in a folder, and the bars that come after its training"
     def __init__(self, folder):
         self.state = folder/'state'
-        market = simulate(n_symbols=4, n_bars=HISTORY + BARS + 24, seed=3).bars
-        self.bars = market[['time', 'symbol', *CANDLE]]                      # what ccxt gives
+        market = simulate(n_symbols=5, n_bars=HISTORY + BARS + 24, seed=3).bars
+        market = market[['time', 'symbol', *CANDLE]]                         # what ccxt gives
+        self.late = market['symbol'].unique()[4]                             # a coin that comes after the training
+        self.bars = market[market['symbol'] != self.late].reset_index(drop=True)
+        self.everything = market
         self.born = self.bars['time'].min() + HISTORY * H
         ai = UltimateTradingAI(dict(horizons=[4, 24], state_dir=str(self.state)), device='cpu')
         ai.train_sync(self.bars[self.bars['time'] < self.born], epochs=1)
@@ -78,13 +81,15 @@ def looped(exchange, ai, folder, model, **more):
     return Live(ai, feed, folder, settings, exchange.time, sleep, **{'tell': lambda line: None} | more)
 
 def test_faults_of_an_exchange(model, tmp_path):
-    "Nothing but HOLD on wrong bars, no exception, every signal computed again; through two starts of the loop"
-    bars, wrong, gone = spoilt(model.bars, model.born)
+    "Nothing but HOLD on wrong bars, no exception, every signal computed again; a coin goes, one is added at a restart"
+    bars, wrong, gone = spoilt(model.everything, model.born)
     with replaying(bars, start=model.born + .5 * H, faults=FAULTS, hang=.2, seed=1) as exchange:
         began = time.monotonic()
-        for part in (BARS // 2, BARS - BARS // 2):
-            loop = looped(exchange, load_ai(model.state, 'FAIL'), tmp_path, model)
-            loop.run(part)
+        for added in (None, model.late):
+            ai = load_ai(model.state, 'FAIL')
+            loop = looped(exchange, ai, tmp_path, model)
+            if added: ai.add_coin(added)
+            loop.run(BARS // 2)
         seconds, injected = time.monotonic() - began, dict(exchange.injected)
     decisions = held_where_wrong(loop.journal, bars, wrong, gone)
     found = parity(tmp_path)
@@ -92,8 +97,12 @@ def test_faults_of_an_exchange(model, tmp_path):
     print(f'\n{len(decisions)} signals of {BARS} bars in {seconds:.0f} s, {len(wrong)} wrong bars, faults {injected}\n'
           f'{decisions.value_counts().to_dict()}\nparity {found}')
     assert {*FAULTS} <= {*injected} or BARS < 500
-    assert len(read_lines(tmp_path/'signals.jsonl')) == 4 * BARS
-    assert (found['different'], found['lost']) == (0, 0) and found['signals'] == 4 * found['entries'] > 3 * BARS
+    of_late = [x.said[model.late] for x in loop.journal.entries() if model.late in x.said]
+    assert len(read_lines(tmp_path/'signals.jsonl')) == 4 * BARS + BARS // 2
+    assert (found['different'], found['lost']) == (0, 0)
+    assert found['signals'] == 4 * found['entries'] + len(of_late) and found['entries'] > .75 * BARS
+    assert {x['signal']['action'] for x in of_late} == {'HOLD'}                # nobody has judged it
+    assert sum(not x['prediction']['faults'] for x in of_late) > .75 * len(of_late) > 0
     assert {'BUY', 'SELL'} & set(decisions), decisions.value_counts()
     assert np.isfinite([x['equity'] for x in read_lines(tmp_path/'equity.jsonl')]).all()
     assert not [x for x in read_lines(tmp_path/'faults.jsonl') if x['where'] not in ('feed', 'bars')]
@@ -102,7 +111,9 @@ def said_alone(journal, model):
     "A fresh model that is asked about one moment only says the same, but for the intervals, which learn"
     entries = journal.entries()
     for k in range(0, len(entries), max(len(entries) // 5, 1)):
-        again = say(load_ai(model.state, 'FAIL'), journal.bars_at(k), entries[k].now, LEAST)
+        fresh = load_ai(model.state, 'FAIL')
+        if model.late in entries[k].said: fresh.add_coin(model.late)
+        again = say(fresh, journal.bars_at(k), entries[k].now, LEAST)
         for symbol, said in entries[k].said.items():
             found = differing(said, again[symbol])
             far = {name for name, x in found.items() if x > CLOSE} - {'prediction intervals'}
