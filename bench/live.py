@@ -77,7 +77,8 @@ def main():
         for every_coin in (False, True):
             t = cycles(folder, bars, end, every_coin)
             print(f'{coins} coins, {size}, signals of {"all" if every_coin else "one"}: '
-                  f'p50 {np.median(t["cycle"]):.1f} ms, p99 {np.quantile(t["cycle"], .99):.1f} ms, CPU {t["cpu"]:.1f} ms; '
+                  f'p50 {np.median(t["cycle"]):.1f} ms, p99 {np.quantile(t["cycle"], .99):.1f} ms, '
+                  f'CPU {t["cpu"]:.1f} ms; '
                   f'from the whole history {t["whole"]:.0f} ms; first cycle after a restart {t["restart"]:.0f} ms')
 
 

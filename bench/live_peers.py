@@ -69,7 +69,8 @@ def milliseconds(forecast, names):
 def main():
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
-    for name in ('lightning', 'lightning.pytorch', 'pytorch_lightning', 'darts'): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ('lightning', 'lightning.pytorch', 'pytorch_lightning', 'darts'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     x = frame(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
     for make in (darts, neuralforecast):
         forecast = make(x)

@@ -65,11 +65,13 @@ class NetworkConfig:
     groups: tuple[int, ...] = ()   # Sizes of consecutive groups of past inputs that share a variable network
     dropout: float = 0.3           # Of body and graph: the inputs are many and say little
     recompute: bool = False        # Of the variable networks: less memory, more time
+    lstm_layers: int = 1           # Layers of the encoder and of the decoder of a body
     quantiles: tuple[float, ...] = (.05, .25, .5, .75, .95)   # Levels of path and volatility
     round_trip: float = ROUND_TRIP # Cost of a round trip, fraction
 
     def __post_init__(self):
-        names = ('n_past', 'n_future', 'n_static', 'n_pair', 'n_trailing', 'lookback', 'd_model', 'n_heads')
+        names = ('n_past', 'n_future', 'n_static', 'n_pair', 'n_trailing', 'lookback', 'd_model', 'n_heads',
+                 'lstm_layers')
         sizes = {k: getattr(self, k) for k in names} | dict(horizon=max(self.horizons, default=0))
         bad = {k: v for k, v in sizes.items() if not is_whole(v, 1) or v > LARGEST}
         rules = [
@@ -91,7 +93,7 @@ class NetworkConfig:
         "Configuration of a body; the linear one sees the newest bar alone"
         lookback = 1 if kind == 'linear' else self.lookback
         return TFTConfig(self.n_past, self.n_future, self.n_static, lookback, self.steps, self.d_model, self.n_heads,
-                         self.dropout, quantiles=self.quantiles, recompute=self.recompute, groups=self.groups)
+                         self.dropout, self.lstm_layers, self.quantiles, self.recompute, self.groups)
 
 # %% ../nbs/24_network.ipynb #d6a6732d
 class CoinGraph(nn.Module):

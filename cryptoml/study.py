@@ -9,16 +9,18 @@ __all__ = ['SETTLED', 'LONGEST', 'MEMORY', 'Part', 'GUARDED', 'TAKEN', 'SHOWN', 
            'in_other_cases', 'pairs_of', 'reach_rows', 'pair_rows', 'Evidence', 'Test', 'Rival', 'check_names',
            'in_table', 'of_the_past', 'followed', 'looked_at', 'evaluate', 'Terms', 'is_book', 'possible', 'lacking',
            'measure_terms', 'recipe_of', 'record', 'heads_of', 'until_newest', 'Judged', 'judge', 'Trained',
-           'train_and_judge']
+           'train_and_judge', 'network_space', 'as_it_is', 'cut_off', 'InnerFolds', 'tune_objective', 'tuned']
 
 # %% ../nbs/42_study.ipynb #da9b4024
-import hashlib, json, math, threading
+import hashlib, json, math, tempfile, threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
 from .baselines import PAST, book_scores
 from .boosting import why_no_trees
@@ -27,16 +29,20 @@ from .combined import Combined, Found, decisions, find, refit, seen, spoken_by, 
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, bars_of, normalise_symbol, parse_timeframe
 from .forecaster import (MIN_TRAIN, Forecaster, ForecasterConfig, Inputs, forecast, importance, least_history,
-                                 make_inputs, split)
+                                 loss_on, make_inputs, split, train)
 from .gate import BOOKS, Declared, Positions, Reach, excursions, measure_reach, pays, threshold
 from .ledger import Tried, read_ledger, refuse_second_name
 from .metrics import day_blocks, interval_mean
 from .members import LINES, TASKS, TREES
+from .network import NetworkConfig
 from .policy import Policy, risk_scale
 from .settings import is_number, is_whole, log
+from .splits import walk_forward
 from .state import StateError, contents
 from .targets import (HORIZONS, LARGEST, Targets, make_targets, market_centre, pair_window, pegged,
                               realised_correlation, trailing_beta)
+from .trainer import TrainConfig, TrainerError
+from .tune import HyperparameterOptimizer, Interrupted, Space
 from .verdict import OWN, Comparison, Verdict, book_rows, comparisons, joint_level, number_rows, row, verdict
 from .windows import Samples
 
@@ -671,7 +677,7 @@ def measure_terms(
 # %% ../nbs/42_study.ipynb #9b417a1c
 def recipe_of(f: Combined | Forecaster, study: Study) -> str:
     "Digest of what was chosen about a training: settings, inputs, policy and costs, not the seed and not the data"
-    settings = asdict(f.config)
+    settings = {k: v for k, v in asdict(f.config).items() if v is not None}   # None: as it was before one could choose
     settings.pop('seed')
     chosen = [settings, f.names, asdict(study.book), asdict(study.policy), asdict(study.costs)]
     return hashlib.sha256(json.dumps(chosen, default=str).encode()).hexdigest()
@@ -755,3 +761,106 @@ def train_and_judge(
     everything = np.ones(len(study.panel.time), bool)
     shipped = again(everything, study.parts['test'], 'shipped')
     return Trained(replace(shipped, bands=judged.test.after), until_newest(judged.terms, study), found, judged)
+
+# %% ../nbs/42_study.ipynb #100b8717
+def network_space(config: ForecasterConfig) -> Space:
+    "What may be chosen about a network, around what its size has"
+    width = config.widths['d_model']
+    return Space(
+        ranges=dict(
+            hidden=IntDistribution(max(8, width // 2), 2 * width, log=True),
+            layers=IntDistribution(1, 2),
+            heads=CategoricalDistribution((1, 2, 4, 8)),
+            dropout=FloatDistribution(0, .6),
+            lr=FloatDistribution(config.lr / 10, 3 * config.lr, log=True),
+            dates=CategoricalDistribution((max(1, config.dates // 2), config.dates, 2 * config.dates)),   # In a batch
+            weight_decay=FloatDistribution(1e-3, 1e-1, log=True),
+        ),
+        multiples=dict(hidden='heads'),
+    )
+
+def as_it_is(config: ForecasterConfig) -> dict:
+    "The settings that a search begins with: those of a configuration where nothing else was chosen"
+    w = config.widths
+    return dict(
+        hidden=w['d_model'],
+        layers=w.get('lstm_layers', NetworkConfig.lstm_layers),
+        heads=w['n_heads'],
+        dropout=w.get('dropout', NetworkConfig.dropout),
+        lr=config.lr,
+        dates=config.dates,
+        weight_decay=TrainConfig.weight_decay if config.weight_decay is None else config.weight_decay,
+    )
+
+# %% ../nbs/42_study.ipynb #f732a03e
+def cut_off(panel: Panel, stop: int) -> Panel:
+    "Its bars before one"
+    return replace(panel, time=panel.time[:stop], values=panel.values[:, :stop], mask=panel.mask[:, :stop])
+
+# %% ../nbs/42_study.ipynb #f0462266
+@dataclass(frozen=True)
+class InnerFolds:
+    "An objective: the loss of settings over folds of a training part"
+    inputs: Inputs                         # Nothing behind the training part is in them
+    targets: Targets                       # Made of the same bars
+    folds: list[dict[str, np.ndarray]]     # 'train', 'valid' and 'test' bars [T], bool
+    config: ForecasterConfig               # What is not searched
+    device: str = 'auto'
+    stop: threading.Event | None = None    # Once set, the search is interrupted
+
+    def __call__(self, settings: dict, report: Callable) -> float:
+        losses = []
+        for k, parts in enumerate(self.folds):
+            losses.append(self.of_fold(replace(self.config, **settings), parts))
+            report(k, float(np.mean(losses)))
+        return float(np.mean(losses))
+
+    def of_fold(self, config: ForecasterConfig, parts: dict[str, np.ndarray]) -> float:
+        with tempfile.TemporaryDirectory() as out:
+            try: f, _ = train(self.inputs, self.targets, parts, config, out, self.device, self.stop)
+            except TrainerError as e:
+                if self.stop is not None and self.stop.is_set(): raise Interrupted(str(e)) from e
+                raise
+        return loss_on(f, self.inputs, self.targets, parts['test'])
+
+# %% ../nbs/42_study.ipynb #80ff3b40
+def tune_objective(
+    study: Study,
+    config: ForecasterConfig,              # What is not searched
+    folds: int = 2,                        # Each tests and validates on an eighth of the training part
+    device: str = 'auto',
+    stop: threading.Event | None = None,   # Once set, the search is interrupted
+) -> InnerFolds:
+    "Purged walk-forward inside the training part; DataError where that is too short"
+    last = study.bars('train').stop
+    panel, horizons = cut_off(study.panel, last), study.targets.horizons
+    inputs = replace(study.inputs, panel=panel, x=study.inputs.x[:, :last])
+    targets = make_targets(panel, horizons, study.costs.round_trip)
+    close = panel.time + panel.timeframe
+    part, embargo = (close[-1] - close[0]) / 8, horizons[-1] * panel.timeframe
+    try: cut = walk_forward(close, targets.known, part, part, 3 * part, embargo, folds)
+    except ValueError as e: raise DataError(f'the training part cannot be walked forward: {e}') from e
+    bars = np.arange(last)
+    inner = [{k: np.isin(bars, getattr(fold, k)) for k in ('train', 'valid', 'test')} for fold in cut]
+    return InnerFolds(inputs, targets, inner, config, device, stop)
+
+# %% ../nbs/42_study.ipynb #b50f367e
+def tuned(
+    study: Study,
+    config: ForecasterConfig,              # What is not searched, and the settings that are tried first
+    folder,                                # Of the search; an interrupted one in it goes on
+    trials: int = 50,
+    folds: int = 2,
+    device: str = 'auto',
+    stop: threading.Event | None = None,   # Once set, the search is interrupted
+    workers: int = 1,                      # Processes of this machine
+    url: str | None = None,                # PostgreSQL, where machines share the search
+) -> tuple[ForecasterConfig, HyperparameterOptimizer]:
+    "The configuration with the best settings for its network, and the search that found them"
+    objective = tune_objective(study, replace(config, networks=1), folds, device, stop)
+    digest = study.digest or study.panel.time[0].isoformat()
+    search = HyperparameterOptimizer(
+        folder, network_space(config), trials, url, f'network {digest[:16]}', first=(as_it_is(config),),
+        seed=config.seed, question=study.question, data=study.digest)
+    best = search.optimize(objective, workers)
+    return replace(config, **best.settings), search

@@ -20,10 +20,12 @@ from cryptoml.combined import save_combined
 from cryptoml.data import CANDLE, PRICES, DataError, market_frame
 from cryptoml.forecaster import make_inputs, save_forecaster
 from cryptoml.integration import UltimateTradingAI
+from cryptoml.ledger import read_ledger
 from cryptoml.newest import Snapshot
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError, generations, read_json, read_lines, write_json
+from cryptoml.trainer import TrainerError
 
 unix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks and signals of Unix')
 proc = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads its size from /proc')
@@ -543,6 +545,34 @@ def trained_to(end, bars, root, **config):
     ai = UltimateTradingAI(CONFIG | dict(state_dir=str(root), horizons=[4, 24]) | config, device='cpu')
     ai.train_sync(bars[bars['time'] < end], epochs=1)
     return ai
+
+def test_settings_are_searched_and_applied(tmp_path, ledger):
+    "The best of the trials is what is trained; the verdict counts them; the same again searches nothing"
+    bars = simulate(n_symbols=1, n_bars=3700, seed=3).bars
+    config = CONFIG | dict(state_dir=str(tmp_path), horizons=[4, 24], trials=2)
+    ai = UltimateTradingAI(config, device='cpu')
+    history = ai.train_sync(bars, epochs=1, optimize_hyperparams=True)
+    found, used = history['search'], ai.live().forecaster.config
+    assert {k: getattr(used, k) for k in found['settings']} == found['settings']
+    assert sum(found['counts'].values()) == 2 and found['counts']['failed'] == 0
+    assert history['verdict']['trials'] == 3
+    lines = len(read_ledger().trials)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(TrainerError, match='was stopped'):
+        ai.train_sync(bars, epochs=1, optimize_hyperparams=True, stop=stop)
+    assert len(read_ledger().trials) == lines                          # of the search there was nothing left to do
+
+def test_a_search_that_is_stopped_goes_on(tmp_path, ledger):
+    bars = simulate(n_symbols=1, n_bars=3700, seed=3).bars
+    ai = UltimateTradingAI(CONFIG | dict(state_dir=str(tmp_path), horizons=[4, 24], trials=1), device='cpu')
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(TrainerError, match='training was stopped in epoch 1'):
+        ai.train_sync(bars, epochs=1, optimize_hyperparams=True, stop=stop)
+    assert ai.snapshot is None and [t.kind for t in read_ledger().trials] == ['tune']
+    assert ai.train_sync(bars, epochs=1, optimize_hyperparams=True)['search']['counts']['complete'] == 1
+    assert [t.kind for t in read_ledger().trials] == ['tune', 'tune', 'train']
 
 @pytest.mark.parametrize('fresh', [True, False])
 def test_a_model_has_seen_what_its_terms_say(tmp_path, fresh):
@@ -1264,6 +1294,8 @@ def test_a_config_in_other_words(simulated):
     dict(networks=True),
     dict(networks=1.5),
     dict(networks='3'),
+    dict(trials=0),
+    dict(trials=5.),
 ], ids=str)
 def test_config_is_checked_at_once(bad):
     "Not hours later in the bot's loop"

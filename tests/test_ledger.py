@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import ended, forked
 from cryptoml import state
-from cryptoml.ledger import Trial, correlations, increments, least_correlation, read_ledger, tell
+from cryptoml.ledger import Trial, begin_trial, correlations, increments, least_correlation, read_ledger, tell
 from cryptoml.metrics import deflated_sharpe, sharpe
 from cryptoml.state import StateError, append_chained, ledger_file
 
@@ -239,6 +239,34 @@ def test_told_trials(ledger):
     tell(5, 'of an older year', first='2020-01-01', last='2020-12-31')
     tell(6, 'another question', 'carry')
     assert read_ledger().tried(YEAR, noise(1)[0]).count == 41
+
+def test_trials_of_a_search(ledger):
+    "Each counts in full from its beginning, for whatever days; begun again it stays one, with another seed it does not"
+    for i in range(50): begin_trial(f'x {i}', f'r{i}', 'width', seed=0)
+    for i in range(0, 50, 7): begin_trial(f'x {i}', f'r{i}', 'width', seed=0)
+    found = read_ledger().tried(YEAR, noise(1)[0], 'width')
+    assert (found.count, found.effective, found.faults) == (51, 51, [])
+    begin_trial('x', 'r0', 'width', seed=1)
+    begin_trial('x', 'r0', 'width', data='d', seed=0)
+    assert read_ledger().tried(YEAR - 900, noise(1)[0], 'width').count == 53
+    assert read_ledger().tried(YEAR, noise(1)[0]).count == 1           # another question
+    assert (read_ledger().table().kind == 'tune').sum() == 60
+
+def test_a_search_on_days_that_it_says(ledger):
+    begin_trial('x', 'a', first='2020-01-01', last='2020-12-31')
+    begin_trial('x', 'b', first='2024-01-01', last='2024-01-01')
+    put(noise(1)[0], 'b')                                              # a book of the same recipe is a trial of its own
+    assert read_ledger().tried(YEAR, noise(1)[0]).count == 2
+    tell(3, 'x')
+    tell(3, 'x')                                                       # what was told has no recipe and adds up
+    assert read_ledger().tried(YEAR, noise(1)[0]).count == 8
+
+@pytest.mark.parametrize('wrong', [
+    dict(name=None), dict(recipe=''), dict(recipe=3), dict(question=None), dict(data=b'x'), dict(seed=1.5),
+    dict(first='2024-01-01'), dict(first='2024-02-01', last='2024-01-01')], ids=str)
+def test_no_trial_begins(ledger, wrong):
+    with pytest.raises(ValueError): begin_trial(**dict(name='x', recipe='y') | wrong)
+    assert not ledger.exists()
 
 @pytest.mark.parametrize('count, note, more', [
     (0, 'x', {}),
