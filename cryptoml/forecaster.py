@@ -423,20 +423,19 @@ def begin(
 
 # %% ../nbs/36_forecaster.ipynb #2ac8a647
 def drawn(
-    w: Windows,
     runs,                            # Function from a phase to the first dates of its runs
     config: ForecasterConfig,
     epoch: int,                      # Number of the epoch
     generator: torch.Generator,
     stop: threading.Event | None,    # Once set, the next batch raises TrainerError
 ):
-    "The batches of an epoch: a random phase of the grid, in random order"
+    "The batches of an epoch, as the first dates of their runs: a random phase of the grid, in random order"
     phase = int(torch.randint(config.windows * config.every, (), generator=generator))
     for date in batches(runs(phase), config.dates, generator):
         if stop is not None and stop.is_set():
             raise TrainerError(f'training was stopped in epoch {epoch}; '
                                'it goes on from the epoch before when it is started again')
-        yield w.batch(date.to(w.past.device), config.windows, config.every)
+        yield date
 
 # %% ../nbs/36_forecaster.ipynb #ce9e8463
 AVERAGE = .98   # Decay of the running mean of the weights
@@ -456,7 +455,7 @@ def prepared(
     ok, bar, L = f.usable(inputs), inputs.panel.bar_number, f.network.config.lookback
     if not (ok & rows).any(): raise DataError(f'no usable sample in {rows.sum()} training bars: give more history')
     def runs(phase): return dates(ok, rows, bar, L, config.windows, config.every, phase)
-    def epoch(number, generator): return drawn(w, runs, config, number, generator, stop)
+    def epoch(number, generator): return drawn(runs, config, number, generator, stop)
     return f, w, epoch
 
 def training(config: ForecasterConfig, **more) -> TrainConfig:
@@ -464,9 +463,18 @@ def training(config: ForecasterConfig, **more) -> TrainConfig:
     if config.weight_decay is not None: more['weight_decay'] = config.weight_decay
     return TrainConfig(average=AVERAGE, seed=config.seed, **more)
 
-def fit(f: Forecaster, epoch, validate, settings: TrainConfig, out, device: str) -> pd.DataFrame:   # The history
-    trainer = UltimateTrainer(f.network, settings, out, device)
-    return trainer.fit(epoch, lambda network, batch: network.loss(batch), validate)
+def fit(
+    f: Forecaster,
+    w: Windows,                      # As `prepared` gives them, and `epoch`
+    epoch,
+    validate,                        # As for `UltimateTrainer.fit`
+    settings: TrainConfig,
+    out,                             # Folder
+    device: str,                     # auto, cpu, cuda or cuda:1
+) -> pd.DataFrame:                   # The history
+    "Train; the windows of a batch, or of a process's share of it, are made where they are read"
+    def loss(network, date): return network.loss(w.batch(date, f.config.windows, f.config.every))
+    return UltimateTrainer(f.network, settings, out, device).fit(epoch, loss, validate)
 
 # %% ../nbs/36_forecaster.ipynb #60d13e66
 PLENTY = 1024   # Samples read at once
@@ -503,7 +511,7 @@ def train(
     "Fit a forecaster on the training bars, stop by the validation bars"
     f, w, epoch = prepared(inputs, targets, parts['train'], config, device, stop)
     validate = scoring(f, w, inputs, parts['valid'])
-    return f, fit(f, epoch, validate, training(config, epochs=config.epochs, lr=config.lr), out, device)
+    return f, fit(f, w, epoch, validate, training(config, epochs=config.epochs, lr=config.lr), out, device)
 
 # %% ../nbs/36_forecaster.ipynb #6ce942dd
 def best_rates(history: pd.DataFrame) -> tuple[float, ...]:
@@ -522,8 +530,8 @@ def train_again(
     stop: threading.Event | None = None,
 ) -> Forecaster:
     "Fit a forecaster on other bars, with the epochs and rates that were found"
-    f, _, epoch = prepared(inputs, targets, rows, config, device, stop)
-    fit(f, epoch, None, training(config, epochs=len(rates), rates=rates), out, device)
+    f, w, epoch = prepared(inputs, targets, rows, config, device, stop)
+    fit(f, w, epoch, None, training(config, epochs=len(rates), rates=rates), out, device)
     return f
 
 # %% ../nbs/36_forecaster.ipynb #0746fc42

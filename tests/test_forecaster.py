@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cryptoml import state
+from cryptoml import forecaster, state
 from cryptoml.data import DataError, Panel, parse_timeframe, to_panel
 from cryptoml.forecaster import (MIN_DAYS, MIN_TRAIN, ForecasterConfig, begin, forecast, input_groups, least_history,
                                  load_forecaster, make_inputs, needed_history, save_forecaster, split, train)
@@ -15,6 +15,7 @@ from cryptoml.simulate import simulate
 from cryptoml.state import StateError
 from cryptoml.targets import Targets, make_targets
 from cryptoml.windows import Samples, grid
+from test_ranks import curve, ranks, same_curve
 
 
 @pytest.fixture(scope='module')
@@ -275,3 +276,27 @@ def test_a_family_that_lost_an_input_is_refused(saved, tmp_path, words, family):
     families[family] = families[family][:-1]
     state.save(tmp_path, tensors, words(manifest | dict(families=families)))
     with pytest.raises(StateError, match='do not fit one another'): load_forecaster(tmp_path)
+
+
+def test_two_processes_train_the_forecaster_of_one(tmp_path, monkeypatch):
+    "Without dropout, whose noise is each process's own; what the second would write it does not"
+    torch.set_num_threads(1)
+    market = simulate(n_symbols=3, n_bars=2500, seed=2)
+    panel = to_panel(market.bars)
+    inputs, targets = make_inputs(panel, market.extra), make_targets(panel)
+    parts = split(panel, targets)
+    def still(*args):
+        f = begin(*args)
+        for m in f.network.modules():
+            if isinstance(m, torch.nn.Dropout): m.p = 0.
+            if isinstance(getattr(m, 'dropout', None), float): m.dropout = 0.
+        return f
+    monkeypatch.setattr(forecaster, 'begin', still)
+    def work(out):
+        f, history = train(inputs, targets, parts, ForecasterConfig(epochs=2), out, 'cpu')
+        labelled = history.drop(columns='train_regime')       # a mean over labels, of which some are missing
+        return curve(labelled, f.network)
+    alone = work(tmp_path/'alone')
+    both = ranks(2, lambda r: work(tmp_path/f'out{r}'), tmp_path)
+    for one in both: same_curve(one['found'], alone)
+    assert both[0] == both[1] and not (tmp_path/'out1').exists()

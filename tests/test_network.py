@@ -1,10 +1,11 @@
 "The network: dates with all their coins, every model by name, what must hold for any of them"
+import math
 from dataclasses import replace
 import pytest
 import torch
 from torch import nn
 from cryptoml.network import MODELS, CoinGraph, Network, NetworkConfig, by_rows
-from cryptoml.trainer import adamw
+from cryptoml.trainer import adamw, train_epoch
 
 C = NetworkConfig(n_past=7, n_future=5, n_static=3, n_pair=2, horizons=(2, 4), lookback=6, d_model=8, n_heads=2,
                   groups=(4, 3), dropout=0.)
@@ -296,3 +297,46 @@ def test_cuda_equals_cpu(model):
     net, there, b = network(model).eval(), network(model).eval().cuda(), batch()
     want, got = net.read(b), there.read({k: v.cuda() for k, v in b.items()})
     for k, v in want.items(): assert gap(got[k].cpu(), v) < 1e-3, k
+
+
+def test_a_validation_is_measured_over_all_its_labels():
+    "However it is cut into batches; by other libraries where there are any"
+    net, b = network(), batch(D=6)
+    b['direction'][0], b['relative_direction'][0], b['relative'][0] = -1, -1, torch.nan        # a date without labels
+    whole, dated = net.score([b]), net.score({k: v[i:i + 1] for k, v in b.items()} for i in range(6))
+    with torch.no_grad(): out, labels = net(b), by_rows(b)
+    names = ('accuracy', 'mcc', 'side_accuracy', 'relative_accuracy', 'auc', 'mae')
+    for k in names: assert whole[k] == pytest.approx(dated[k], abs=1e-6), k
+    y, p = (t['direction'].flatten(0, 1) for t in (labels, out))
+    kept = y >= 0
+    table = torch.zeros(3, 3).index_put((y[kept], p.argmax(-1)[kept]), torch.tensor(1.), accumulate=True)
+    assert whole['accuracy'] == pytest.approx((table.trace() / table.sum()).item())
+    sides = (p[:, 2] > p[:, 0])[kept & (y != 1)] == (y == 2)[kept & (y != 1)]
+    assert whole['side_accuracy'] == pytest.approx(sides.float().mean().item())
+    y, p = labels['relative_direction'].flatten(), out['relative_direction'].flatten()
+    pairs = p[y == 1][:, None] - p[y == 0]
+    assert whole['auc'] == pytest.approx(((pairs > 0) + .5 * (pairs == 0)).float().mean().item())
+    assert whole['mae'] == pytest.approx((out['relative'] - labels['relative']).abs().nanmean().item(), abs=1e-6)
+
+
+def test_a_number_that_is_not_defined_is_no_error():
+    net, b = network(), batch()
+    b['relative_direction'][:] = 1                                                 # one class
+    b['direction'][:] = -1                                                         # none
+    s = net.score([b])
+    assert all(math.isnan(s[k]) for k in ('auc', 'accuracy', 'side_accuracy', 'mcc'))
+    assert 0 <= s['relative_accuracy'] <= 1
+    with torch.no_grad(): net.heads.bias[:] = torch.nan                            # a training gone wrong
+    assert math.isnan(net.score([b])['relative_accuracy'])
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_dates_in_pieces_are_the_batch(model):
+    "Accumulated gradients, and those of processes: no date depends on another"
+    b = batch(D=5)
+    def gradient(accumulate):
+        net = network(model)
+        train_epoch(net, [b], Network.loss, torch.optim.SGD(net.parameters(), lr=0.), clip=1e9, accumulate=accumulate)
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+    whole = gradient(1)
+    assert gap(gradient(3), whole) < 1e-5 * whole.abs().max()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml.splits import combinatorial, paths, plot_folds, walk_forward
+from cryptoml.splits import combinatorial, paths, plot_folds, recency, uniqueness, walk_forward
 
 matplotlib.use('Agg')
 HOUR = pd.Timedelta('1h')
@@ -192,3 +192,37 @@ def test_folds_can_be_drawn():
     ax = plot_folds(folds, time)
     assert len(ax.patches) == 3 * len(folds)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['train', 'valid', 'test']
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 30))
+def test_uniqueness_is_the_mean_share_of_every_hour(seed, longest):
+    "The book's snippets 4.1 and 4.2: count the labels of each bar, average over the bars of a label"
+    rng = np.random.default_rng(seed)
+    start = np.sort(rng.integers(0, 60, 40))
+    end = start + rng.integers(1, longest + 1, 40)
+    bars = np.arange(60 + longest)
+    inside = (bars >= start[:, None]) & (bars < end[:, None])                  # [labels, bars]
+    shares = inside / np.maximum(inside.sum(0), 1)
+    expected = shares.sum(1) / inside.sum(1)
+    begin = pd.Timestamp('2022-01-01', tz='UTC')
+    u = uniqueness(begin + pd.to_timedelta(start, 'h'), begin + pd.to_timedelta(end, 'h'))
+    np.testing.assert_allclose(u, expected, rtol=1e-12)
+    minutes = uniqueness(begin + pd.to_timedelta(start, 'min'), begin + pd.to_timedelta(end, 'min'))
+    np.testing.assert_allclose(minutes, u, rtol=1e-12)                         # no unit in it
+
+
+def test_labels_of_equal_spans_count_the_time_they_cover():
+    time = hourly(100)
+    u = uniqueness(time, time + 10 * HOUR)
+    assert u.sum() == pytest.approx(109 / 10)                                  # 109 hours, 10 a label
+    with pytest.raises(ValueError, match='3 labels are known when they begin, first at 2022-01-01'):
+        uniqueness(time[:3], time[:3])
+
+
+def test_recency_halves():
+    time = hourly(49)
+    w = recency(time, '24h')
+    assert w[[0, 24, 48]].tolist() == [.25, .5, 1]
+    assert np.allclose(w[1:] / w[:-1], 2 ** (1 / 24))
+    with pytest.raises(ValueError, match='half_life must be above 0'): recency(time, '-1h')

@@ -1,5 +1,5 @@
 "The loop under kills, damage and bad input: exact resume, determinism, learning (suites 4, 5, 11, 12, 13, 14)"
-import collections, hashlib, math, os, signal, subprocess, sys, textwrap
+import collections, hashlib, math, os, signal, subprocess, sys, textwrap, types
 
 import pandas as pd, pytest, torch
 from torch import nn
@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from cryptoml.state import generations, load, lock, read_lines, save
 from cryptoml.trainer import (
-    TrainConfig, TrainerError, UltimateTrainer, _State, epoch_seed, pick_device, to_device, train_epoch)
+    TrainConfig, TrainerError, UltimateTrainer, _State, cut, epoch_seed, pick_device, plot_learning, to_device,
+    train_epoch, weighted_mean)
 
 X = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()
@@ -193,7 +194,7 @@ def test_a_long_history(tmp_path):
     run.history = [dict(epoch=i, train_loss=1 / i, valid_loss=2 / i, valid_accuracy=.5) for i in range(1, 10_001)]
     run.save()
     again = _State(network(), settings, tmp_path/'checkpoint')
-    again.load()
+    again.begin()
     assert again.history == run.history
 
 @pytest.mark.parametrize('kw, says', [
@@ -375,7 +376,148 @@ def test_overfits_one_batch(tmp_path, seed):
     t.fit(ten, loss, lambda m: dict(loss=loss(m, one)))
     assert loss(m, one).item() < 0.01
 
+# ---- a batch in pieces
+
+def plain(dropout=0.):
+    "No row depends on another"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 2))
+
+def odd(epoch, generator):
+    "64 rows as 3 x 20 and 4"
+    for i in torch.randperm(64, generator=generator).split(20):
+        yield dict(x=X[i], y=Y[i], weight=X[i, 3].abs(), name='BTC')
+
+def weighted(m, b):
+    return weighted_mean(F.cross_entropy(m(b['x']), b['y'], reduction='none'), b['weight'])
+
+def by_rows(m, b):
+    "A mean over rows, which pieces of equal weight would not give"
+    hits = m(b['x']).argmax(1) == b['y']
+    return loss(m, b), dict(accuracy=hits.float().mean())
+
+def unweighted(epoch, generator):
+    for b in odd(epoch, generator): yield {k: v for k, v in b.items() if k != 'weight'}
+
+@pytest.mark.parametrize('pieces', [2, 3, 7, 64])
+@pytest.mark.parametrize('given, minimised', [(unweighted, by_rows), (odd, weighted)], ids=['rows', 'weights'])
+def test_pieces_take_the_steps_of_the_batch(tmp_path, pieces, given, minimised):
+    most = 0
+    def look(m, b):
+        nonlocal most
+        most = max(most, len(b['x']))
+        assert b['name'] == 'BTC' and len(b['y']) == len(b['x'])
+        return minimised(m, b)
+    whole, cut = trainer(tmp_path/'whole', plain()), trainer(tmp_path/'cut', plain(), accumulate=pieces)
+    a, b = whole.fit(given, minimised, validate), cut.fit(given, look, validate)
+    for name in a.columns.drop('seconds'): assert a[name].tolist() == pytest.approx(b[name].tolist(), abs=1e-6), name
+    for k, v in weights(whole.model).items(): assert torch.allclose(v, cut.model.state_dict()[k], atol=1e-5)
+    assert most == -(-20 // pieces)                    # what has to fit into memory
+
+def test_the_usual_division_by_pieces_would_differ(tmp_path):
+    "The two tests above can fail: means of unequal pieces, each counted once, are another loss"
+    m, b = plain(), next(odd(1, torch.Generator().manual_seed(0)))
+    parts = [piece for piece, _ in cut(b, 3, range(3))]
+    right = sum(share * weighted(m, piece) for piece, share in cut(b, 3, range(3)))
+    assert right.item() == pytest.approx(weighted(m, b).item(), abs=1e-6)
+    assert abs(sum(weighted(m, p) for p in parts) / 3 - weighted(m, b)).item() > 1e-3
+
+def test_pieces_are_resumed_to_the_last_bit(tmp_path):
+    def run(out, **kw): return trainer(out, plain(.2), accumulate=3, **kw).fit(odd, weighted, validate)
+    run(tmp_path/'through')
+    run(tmp_path/'cut', epochs=2)
+    run(tmp_path/'cut')
+    assert bits(tmp_path/'cut') == bits(tmp_path/'through')
+    with pytest.raises(TrainerError, match='accumulate=3 there and 1 now'): fit(tmp_path/'cut', plain(.2))
+
+def test_a_batch_that_weighs_nothing_is_skipped(tmp_path):
+    def some(epoch, generator):
+        for n, b in enumerate(odd(epoch, generator)): yield b | dict(weight=b['weight'] * (n > 0))
+    h = trainer(tmp_path, plain(), accumulate=2, epochs=1).fit(some, weighted, validate)
+    assert h.skipped.tolist() == [1]
+
+def test_a_piece_that_weighs_nothing_adds_nothing():
+    m, b = plain(), dict(x=X[:4], y=Y[:4], weight=torch.tensor([1., 2, 0, 0]))
+    r = train_epoch(m, [b], weighted, torch.optim.SGD(m.parameters(), lr=.1), accumulate=2)
+    assert r['skipped'] == 0 and r['loss'] == pytest.approx(weighted(plain(), b).item(), abs=1e-6)
+
+def test_shares_of_any_cut_add_up():
+    for n, pieces in [(1, 4), (7, 3), (64, 64), (5, 12)]:
+        b = dict(x=torch.arange(n), weight=torch.rand(n) + .1)
+        by_process = [cut(b, pieces, range(i, i + 1)) for i in range(pieces)]
+        rows = torch.cat([piece['x'] for parts in by_process for piece, share in parts if share])
+        assert rows.tolist() == list(range(n))
+        assert sum(float(share) for parts in by_process for _, share in parts) == pytest.approx(1)
+
+def test_a_setting_that_is_new_was_as_by_default(tmp_path):
+    "A run that an earlier version began has no word of it"
+    fit(tmp_path, epochs=1)
+    tensors, c = load(tmp_path/'checkpoint')
+    save(tmp_path/'checkpoint', tensors, c | dict(config={k: v for k, v in c['config'].items() if k != 'accumulate'}))
+    assert len(fit(tmp_path)) == 6
+
+# ---- what people read
+
+class Writer:
+    "TensorBoard's, as far as we use it"
+    def __init__(self, folder):
+        self.rows, self.open = [], True
+        written[str(folder)] = self
+    def add_scalar(self, *row): self.rows.append(row)
+    def flush(self): pass
+    def close(self): self.open = False
+
+written = {}
+
+def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
+    fit(tmp_path, epochs=2)
+    h = fit(tmp_path)                                  # taken up again: the curves are written anew
+    board = written[str(tmp_path/'tensorboard')]
+    assert not board.open
+    assert [v for name, v, _ in board.rows if name == 'valid_loss'] == h.valid_loss.tolist()
+    assert [e for name, _, e in board.rows if name == 'train_loss'] == [1, 2, 3, 4, 5, 6]
+
+def test_tensorboard_that_is_broken(tmp_path, monkeypatch, caplog):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name): raise AttributeError('module numpy has no attribute bool8')
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', Broken('torch.utils.tensorboard'))
+    assert len(fit(tmp_path, epochs=1)) == 1
+    assert 'TensorBoard is there but cannot be loaded' in caplog.text and 'history.jsonl' in caplog.text
+
+def test_tensorboard_itself(tmp_path):
+    pytest.importorskip('tensorboard', reason='TensorBoard is not installed')
+    from tensorboard.backend.event_processing import event_accumulator as events
+    fit(tmp_path, epochs=2)
+    h = fit(tmp_path)
+    read = events.EventAccumulator(str(tmp_path/'tensorboard')).Reload()
+    assert [e.step for e in read.Scalars('valid_loss')] == list(range(1, 7))
+    assert [e.value for e in read.Scalars('valid_loss')] == pytest.approx(h.valid_loss.tolist())
+
+def test_learning_curves(tmp_path):
+    import matplotlib.pyplot as plt
+    h = fit(tmp_path)
+    fig = plot_learning(h.assign(valid_auc=.5), ('loss', 'auc'))
+    loss_, auc, rate = fig.axes
+    assert [line.get_label() for line in loss_.lines[:2]] == ['training', 'validation']
+    assert loss_.lines[1].get_ydata().tolist() == h.valid_loss.tolist()
+    assert [a.get_ylabel() for a in fig.axes] == ['loss', 'auc', 'learning rate']
+    assert loss_.lines[2].get_xdata()[0] == h.epoch[h.valid_loss.idxmin()] and len(auc.lines) == 2
+    plt.close(fig)
+    plt.close(plot_learning(h[['epoch', 'train_loss', 'lr']]))                # nothing was validated
+
 # ---- devices
+
+def test_a_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert pick_device('auto') == pick_device('cuda') == torch.device('cuda:1')
+    assert pick_device('cuda:0') == torch.device('cuda:0') and pick_device('cpu') == torch.device('cpu')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(TrainerError, match="'cuda:0' is one for 2 processes: use 'cuda'"): pick_device('cuda:0')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(TrainerError, match="'cuda:2' is not there, this machine has 2 CUDA"): pick_device('auto')
 
 def test_nested_batches():
     Pair = collections.namedtuple('Pair', 'a b')
