@@ -104,7 +104,7 @@ def view_of(s, bars: pd.DataFrame, report, asked, extra, sources):   # Snapshot,
     from cryptoml.newest import View
     from cryptoml.targets import trailing_beta, trailing_sigma
     panel = whole_blocks(to_panel(bars, s.timeframe))
-    inputs = s.forecaster.pick(make_inputs(panel, extra, **(sources or {})))
+    inputs = s.forecaster.pick(make_inputs(panel, extra, s.forecaster.first.engineer, **(sources or {})))
     recent = trailing_sigma(panel), trailing_beta(panel)
     return View(s, panel.time[-1] + panel.timeframe, asked, report, inputs, *recent, s.forecaster.usable(inputs))
 
@@ -123,7 +123,8 @@ def silent_family(s, x: np.ndarray, absent) -> np.ndarray:   # Snapshot, inputs 
     "Where all inputs of a family are missing that the coin had in training"
     from cryptoml.newest import beside_candles
     f, skip = s.forecaster, {*absent, *beside_candles()}
-    had = [[j for j in columns if f.names[j] not in skip] for columns in f.families.values()]
+    groups = (f.families | f.first.sources).values()
+    had = [[j for j in columns if f.names[j] not in skip] for columns in groups]
     return np.logical_or.reduce([np.isnan(x[:, columns]).all(1) for columns in had if columns])
 
 def sound_bars(view) -> np.ndarray:   # View -> [N, T], bool

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'OWN', 'SOURCES', 'BROUGHT', 'INPUTS', 'STATED', 'KNOWN', 'NEEDS', 'CATALOGUE', 'SAID', 'ENTRY', 'AT_BARS',
-           'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'wanted', 'with_needed', 'reached', 'needs',
-           'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step', 'epoch_us',
-           'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
+           'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'FamilyError', 'as_family', 'register', 'bring',
+           'import_from', 'own_family', 'defined_as', 'definition', 'wanted', 'with_needed', 'reached', 'needs',
+           'made_of', 'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step',
+           'epoch_us', 'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
            'compared_by', 'PanelStream', 'run_symbols', 'Coin', 'Aligned', 'History', 'history_of', 'Selection',
            'by_coin', 'AdvancedFeatureEngineer']
 
 # %% ../nbs/17_features.ipynb #c3e0e995
-import hashlib, os, struct, warnings
+import hashlib, importlib, os, struct, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from operator import itemgetter
 import numpy as np, pandas as pd
 from .data import (CANDLE, DataError, Panel, accepted, bar_columns, normalise_symbol, parse_timeframe,
                            read_bars, to_utc)
+from .compile import with_names
 from .crossexchange import (CROSS_COLUMNS, CROSSEXCHANGE, FUNDING_COLUMNS, MARKET_COLUMNS,
                                     cross_at_bars, funding_at_bars, market_at_bars, market_now)
 from .crosssection import CROSS_BASE, CROSSSECTION, Cross, cross_section
@@ -46,16 +48,92 @@ BROUGHT = dict(                                      # source -> columns that it
     coins=MARKET_COLUMNS)                            # of the other coins' bars: no frame of its own
 INPUTS = BARS + sum(BROUGHT.values(), ())            # all columns that a step can read
 
+# %% ../nbs/17_features.ipynb #42b5f0e6
+class FamilyError(DataError):
+    "A family of one's own that cannot be found or used: which, where it was looked for, and what to do"
+
+_REGISTERED = {}                                     # name -> parts of a family of one's own
+
+def as_family(
+    name: str,
+    what,          # A step, a cross, or a list of either
+) -> tuple:        # Its parts
+    "The parts of a family; FamilyError where it is none"
+    parts = tuple(what) if isinstance(what, (list, tuple)) else (what,)
+    if {type(f) for f in parts} in ({Step}, {Cross}): return parts
+    raise FamilyError(f'{name} is no family of features: make it a step of cryptoml.engine.step, a list of such steps, '
+                      'or a list of crosses of cryptoml.crosssection.cross')
+
+def register(
+    name: str,
+    parts,         # A step, a cross, or a list of either
+):
+    "Give a family of one's own a name, for this process"
+    if name in (*FAMILIES, OWN, 'extra', ''): raise FamilyError(f'{name!r} is taken: give your family another name')
+    _REGISTERED[name] = as_family(name, parts)
+
+# %% ../nbs/17_features.ipynb #77ad9ab4
+def bring(name: str):
+    "Import what the user calls module:attribute, unless it is registered; FamilyError where it is not there"
+    module, colon, _ = name.partition(':')
+    if colon and name not in _REGISTERED and module not in sys.modules: import_from(module, f'the family {name}')
+    own_family(name)
+
+def import_from(
+    module: str,
+    what: str,     # That is looked for in it, for the message
+):
+    "Import a module of the user's, from Python's path or the working folder"
+    before, here = list(sys.path), os.getcwd()
+    importlib.invalidate_caches()
+    try:
+        sys.path.append(here)
+        importlib.import_module(module)
+    except ValueError: raise FamilyError(f'{what} is no module:attribute') from None
+    except ModuleNotFoundError as e:
+        if e.name is None or not f'{module}.'.startswith(f'{e.name}.'): raise     # it is there, and misses another
+        raise FamilyError(f'{what} cannot be found: there is no module {module} in the working folder ({here}) or the '
+                          f'{len(before)} places of sys.path: put {module}.py beside your bot, or its folder into '
+                          'PYTHONPATH') from None
+    finally: sys.path[:] = before
+
+def own_family(name: str) -> tuple:   # Its parts
+    "A family that is registered, or whose module is imported; FamilyError for any other"
+    if name in _REGISTERED: return _REGISTERED[name]
+    module, colon, attribute = name.partition(':')
+    there = f'there are {", ".join((*FAMILIES, *_REGISTERED))}, and steps made with cryptoml.engine.step'
+    if not colon: raise FamilyError(f'unknown family {name!r}: {there}')
+    if module not in sys.modules:
+        raise FamilyError(f'the family {name} is not known to this process: it is not registered, and {module} is not '
+                          f'imported; write features=[{name!r}] into the config (--features {name} behind a command)')
+    if attribute not in vars(sys.modules[module]):
+        raise FamilyError(f'the family {name} cannot be found: the module {module} has no {attribute}')
+    return as_family(name, vars(sys.modules[module])[attribute])
+
+# %% ../nbs/17_features.ipynb #419b3c3e
+def defined_as(f) -> tuple:
+    "What a step or a cross computes"
+    if isinstance(f, Cross): return f.name, f.column, f.kind
+    try: text = with_names(f.function)
+    except (OSError, TypeError, SyntaxError): text = repr((f.function.__code__.co_code, f.function.__code__.co_consts))
+    said = [f.doc[k] for k in ('first', 'settle', 'scale_free', 'feature')]
+    return f.name, f.inputs, f.extras, f.windows, f.out, f.past, f.state, f.const, said, text
+
+@cache
+def definition(parts: tuple) -> str:
+    "Digest of a family"
+    return hashlib.sha256(repr([defined_as(f) for f in parts]).encode()).hexdigest()[:16]
+
+# %% ../nbs/17_features.ipynb #82c6caa9
 def wanted(
-    families=None,  # Names of families, steps of one's own, or both; default: all families
+    families=None,  # Names of families, ours and one's own, steps, or both; default: all of ours
 ) -> dict:          # Step or cross -> name of its family; crosses last
     "What is asked for"
-    found, there = {}, ', '.join(FAMILIES)
+    found = {}
     for f in list(FAMILIES) if families is None else families:
         if isinstance(f, Step): found.setdefault(f, OWN)
-        elif f in FAMILIES: found.update(dict.fromkeys(FAMILIES[f], f))
-        else: raise ValueError(f'unknown family {f!r}: there are {there}, and steps made with cryptoml.engine.step')
-    if not found: raise ValueError(f'no family asked for: there are {there}')
+        else: found.update(dict.fromkeys(FAMILIES[f] if f in FAMILIES else own_family(str(f)), f))
+    if not found: raise ValueError(f'no family asked for: there are {", ".join(FAMILIES)}')
     return dict(sorted(found.items(), key=lambda item: isinstance(item[0], Cross)))
 
 # %% ../nbs/17_features.ipynb #a75d2efb
@@ -110,6 +188,15 @@ def needs(
     return dict(inputs=', '.join([c for c in BARS if c in columns] + frames),
                 delay='; '.join(dict.fromkeys(KNOWN[k] for k in sources)) or 'close of the bar',
                 history='; '.join(dict.fromkeys(held)))
+
+# %% ../nbs/17_features.ipynb #cb2fd245
+def made_of(
+    table: pd.DataFrame,       # A catalogue
+) -> dict[str, list[str]]:     # Source to names of features
+    "What is made of each source"
+    reads = [set(x.split(', ')) for x in table['inputs']]
+    found = {k: [name for name, x in zip(table['name'], reads) if f'{k} frame' in x] for k in SOURCES}
+    return {k: names for k, names in found.items() if names}
 
 # %% ../nbs/17_features.ipynb #cbb99a52
 CATALOGUE = ['name', 'family', 'step', 'formula', 'inputs', 'unit', 'warm_up', 'first', 'scale_free', 'delay',
@@ -580,7 +667,7 @@ class Selection:
     "What is asked for, and all that it needs"
     def __init__(
         self,
-        families=None,  # Names of families, steps of your own, or both; default: all families
+        families=None,  # Names of families, ours and your own, steps, or both; default: all of ours
     ):
         table, asked = catalogue(families), wanted(families)
         self.families = families
@@ -607,6 +694,15 @@ class Selection:
     def _live(self) -> Engine: return Engine(self._steps, self.engine_columns, self.inputs, block=8)
 
     def catalogue(self) -> pd.DataFrame: return catalogue(self.families)
+
+    @cached_property
+    def own(self) -> dict[str, dict]:
+        "Name of each family of one's own to its columns, its warm-up in bars, and the digest of its definition"
+        mine = [f for f in self.families or () if isinstance(f, str) and f not in FAMILIES]
+        table = self.catalogue() if mine else None
+        def about(f, rows):
+            return dict(columns=rows.name.tolist(), warm_up=int(rows.warm_up.max()), digest=definition(own_family(f)))
+        return {f: about(f, table[table.family == f]) for f in mine}
 
 # %% ../nbs/17_features.ipynb #b5036da2
 def by_coin(

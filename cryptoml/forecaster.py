@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LARGEST_OWN', 'STEPS', 'LONG', 'MIN_TRAIN', 'MIN_DAYS', 'INSTEAD', 'AVERAGE', 'PLENTY', 'FREE', 'Inputs',
-           'check_extra', 'as_float32', 'holds_until', 'own_columns', 'all_features', 'make_inputs', 'warm_up_of',
-           'bars_needed', 'least_history', 'shorter_will_do', 'split', 'pick_size', 'ForecasterConfig', 'without_label',
-           'Forecaster', 'needed_history', 'make_labels', 'present', 'merged', 'input_groups', 'network_of', 'begin',
-           'drawn', 'prepared', 'training', 'fit', 'scoring', 'loss_on', 'train', 'best_rates', 'train_again',
-           'read_all', 'mean_reasons', 'unscaled', 'forecast', 'importance', 'by_lag', 'plot_reasons', 'packed',
-           'save_forecaster', 'in_todays_words', 'check_names', 'check_scale', 'rebuild', 'tuples', 'check_network',
-           'assemble', 'load_forecaster']
+           'check_extra', 'as_float32', 'holds_until', 'own_columns', 'engineer_with', 'all_features', 'engineer_like',
+           'make_inputs', 'warm_up_of', 'bars_needed', 'least_history', 'shorter_will_do', 'split', 'pick_size',
+           'ForecasterConfig', 'without_label', 'Forecaster', 'needed_history', 'make_labels', 'present', 'merged',
+           'input_groups', 'network_of', 'begin', 'drawn', 'prepared', 'training', 'fit', 'scoring', 'loss_on', 'train',
+           'best_rates', 'train_again', 'read_all', 'mean_reasons', 'unscaled', 'forecast', 'importance', 'by_lag',
+           'plot_reasons', 'packed', 'save_forecaster', 'in_todays_words', 'engineer_of', 'check_names', 'check_scale',
+           'rebuild', 'tuples', 'check_network', 'assemble', 'load_forecaster']
 
 # %% ../nbs/36_forecaster.ipynb #f1cdd6ce
 import threading
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from itertools import groupby
 import numpy as np
 import pandas as pd
 import torch
 from .backtest import ROUND_TRIP
 from .data import DataError, Panel, as_of, to_utc
-from .features import AdvancedFeatureEngineer
+from .features import FAMILIES, AdvancedFeatureEngineer, FamilyError, made_of, own_family
 from .network import Network, NetworkConfig, SIZES, rising
 from .settings import RULES, Rule, check_settings, is_number, is_whole, whole
 from .splits import cut as cut_fold
@@ -41,6 +41,7 @@ class Inputs:
     x: np.ndarray                     # [N, T, F] float32, NaN where missing
     names: list[str]                  # F input names
     families: dict[str, list[int]]    # Family of features, or 'extra', to its columns
+    own: dict[str, dict] = field(default_factory=dict)   # Families of the user's, as their engineer describes them
 
     def take(self, names: list[str]) -> 'Inputs':
         "These inputs alone, in this order; DataError if one is missing"
@@ -52,7 +53,8 @@ class Inputs:
         new = {at[n]: i for i, n in enumerate(names)}
         kept = {family: [new[j] for j in columns if j in new] for family, columns in self.families.items()}
         columns = [at[n] for n in names]
-        return Inputs(self.panel, self.x[..., columns], names, {k: v for k, v in kept.items() if v})
+        kept = {k: v for k, v in kept.items() if v}
+        return replace(self, x=self.x[..., columns], names=names, families=kept)
 
 # %% ../nbs/36_forecaster.ipynb #7a4f2e13
 ABOUT = ('time', 'known', 'symbol')   # Columns of `extra` that say of what a row speaks
@@ -124,14 +126,31 @@ def own_columns(
 
 # %% ../nbs/36_forecaster.ipynb #9f16caa6
 @cache
-def all_features() -> AdvancedFeatureEngineer:
-    "Every family, made once a process"
-    return AdvancedFeatureEngineer()
+def engineer_with(own: tuple[str, ...], parts: tuple) -> AdvancedFeatureEngineer:   # Names, and what they stand for
+    return AdvancedFeatureEngineer([*FAMILIES, *own])
 
+def all_features(own: tuple[str, ...] = ()) -> AdvancedFeatureEngineer:   # Families of the user's own
+    "Every family, made once a process"
+    return engineer_with(tuple(own), tuple(own_family(name) for name in own))
+
+def engineer_like(own: dict[str, dict]) -> AdvancedFeatureEngineer:   # As `AdvancedFeatureEngineer.own` was then
+    "All features; FamilyError where a family of the user's own is not found, or is not what it was"
+    engineer = all_features(tuple(own))
+    for name, now in engineer.own.items():
+        then = own[name]
+        if now == then: continue
+        columns, bars = then.get('columns'), then.get('warm_up')
+        what = f'its columns were {columns}, and are {now["columns"]}' if columns != now['columns'] else \
+            f'its warm-up was {bars} bars, and is {now["warm_up"]}' if bars != now['warm_up'] else 'its steps differ'
+        raise FamilyError(f'{name} is not the family that the model was trained with ({what}): bring back the one it '
+                          'was, or train again')
+    return engineer
+
+# %% ../nbs/36_forecaster.ipynb #a0595c9b
 def make_inputs(
     panel: Panel,                        # Checked bars
     extra: pd.DataFrame | None = None,   # A user's own columns: time, known, symbol, numbers
-    engineer: AdvancedFeatureEngineer | None = None,  # Features; None for all families
+    engineer: AdvancedFeatureEngineer | None = None,  # Features; None for all of our families
     **sources,                           # onchain, orderbook, trades, cross_exchange, funding: None or a frame
 ) -> Inputs:                             # Inputs in a fixed order
     "Features and own columns of every bar"
@@ -140,29 +159,33 @@ def make_inputs(
     names = [engineer.columns[j] for j in ready]
     families = {}
     for i, j in enumerate(ready): families.setdefault(engineer.family_of[j], []).append(i)
+    if mute := sorted(set(engineer.own) - set(families)):
+        raise FamilyError(f'{mute[0]} has no column that may enter a model: all of them say scale_free=False')
     x = engineer.transform_panel(panel, **sources)[..., ready].astype(np.float32)
-    if extra is None: return Inputs(panel, x, names, families)
+    if extra is None: return Inputs(panel, x, names, families, engineer.own)
     own, own_names = own_columns(panel, extra)
     if twice := sorted(set(own_names) & set(names)):
         raise DataError(f'extra repeats the names of features: {", ".join(twice)}; rename them')
     families['extra'] = list(range(len(names), len(names) + len(own_names)))
-    return Inputs(panel, np.concatenate([x, own], -1), names + own_names, families)
+    return Inputs(panel, np.concatenate([x, own], -1), names + own_names, families, engineer.own)
 
 # %% ../nbs/36_forecaster.ipynb #691170ef
 @cache
-def warm_up_of(names: tuple[str, ...]) -> int:   # Bars
+def warm_up_of(names: tuple[str, ...], engineer: AdvancedFeatureEngineer) -> int:   # Bars
     "The longest warm-up of these features"
-    c = all_features().catalogue()
+    c = engineer.catalogue()
     return int(c.warm_up[c.name.isin(names)].max())
 
 def bars_needed(
     names: tuple[str, ...],   # Features that are read
     lookback: int,            # Bars of a window
     timeframe: pd.Timedelta,  # Length of a bar
+    engineer: AdvancedFeatureEngineer | None = None,   # That gives them; None: all of our families
 ) -> int:                     # Bars
     "Bars that a forecast of the newest bar needs"
     month = -(-pd.Timedelta('31D') // timeframe)
-    return max(warm_up_of(names), memory(timeframe) + month, 10 * sigma_span(timeframe)) + lookback
+    warm_up = warm_up_of(names, engineer or all_features())
+    return max(warm_up, memory(timeframe) + month, 10 * sigma_span(timeframe)) + lookback
 
 def least_history(timeframe: pd.Timedelta) -> int:   # Length of a bar -> bars
     "The same for any forecaster: all features that read the bars of one coin, and the shortest window"
@@ -277,6 +300,20 @@ class Forecaster:
     families: dict[str, list[int]]    # Family of features, or 'extra', to its inputs
     scaler: Scaler
     network: Network
+    own: dict[str, dict] = field(default_factory=dict)   # Families of the user's own, as they were in training
+
+    @property
+    def engineer(self) -> AdvancedFeatureEngineer:
+        "What gives its features; FamilyError where a family of the user's own is not what it was in training"
+        return engineer_like(self.own)
+
+    @cached_property
+    def sources(self) -> dict[str, list[int]]:
+        "Source, 'extra' among them, to the inputs that are made of it"
+        at = {name: j for j, name in enumerate(self.names)}
+        made = {k: [at[n] for n in names if n in at] for k, names in made_of(self.engineer.catalogue()).items()}
+        return {k: columns for k, columns in made.items() if columns} | {
+            k: columns for k, columns in self.families.items() if k == 'extra'}
 
     @property
     def channels(self) -> list[str]:
@@ -323,7 +360,7 @@ def needed_history(
     timeframe: pd.Timedelta,  # Length of a bar
 ) -> int:                     # Bars
     "History that a forecast of the newest bar needs"
-    return bars_needed(tuple(f.names), f.network.config.lookback, timeframe)
+    return bars_needed(tuple(f.names), f.network.config.lookback, timeframe, f.engineer)
 
 # %% ../nbs/36_forecaster.ipynb #820343f0
 def make_labels(
@@ -351,7 +388,8 @@ def present(
     "The inputs that have values: a source that was never given is not an input, an own column without is a mistake"
     share = np.isfinite(inputs.x[rows]).mean(0)
     keep = np.flatnonzero(share >= least)
-    if empty := [f'{inputs.names[j]} ({share[j]:.1%})' for j in inputs.families.get('extra', []) if share[j] < least]:
+    given = [j for family in ('extra', *inputs.own) for j in inputs.families.get(family, [])]
+    if empty := [f'{inputs.names[j]} ({share[j]:.1%})' for j in given if share[j] < least]:
         raise DataError(f'own columns without values on the {rows.sum():,} training bars: {", ".join(empty)}; '
                         f'{least:.0%} must have one: give more of them, or leave the columns out')
     if not len(keep):
@@ -419,7 +457,7 @@ def begin(
     with torch.random.fork_rng([]):                          # the caller's random numbers stay his
         torch.manual_seed(config.seed)
         network = Network(sizes)
-    return Forecaster(config, inputs.names, inputs.families, Scaler.fit(inputs.x, rows), network)
+    return Forecaster(config, inputs.names, inputs.families, Scaler.fit(inputs.x, rows), network, inputs.own)
 
 # %% ../nbs/36_forecaster.ipynb #2ac8a647
 def drawn(
@@ -644,6 +682,7 @@ def packed(f: Forecaster) -> tuple[dict, dict]:   # -> tensors by file and name,
         names=f.names,
         families=f.families,
         clip=f.scaler.clip,
+        **dict(own=f.own) if f.own else {},
     )
     return dict(network=f.network.state_dict(), scaler=scale), manifest
 
@@ -660,14 +699,20 @@ def in_todays_words(m: dict) -> dict:
     return {k: v for k, v in m.items() if k != 'groups'} | dict(families=m['groups'], network=network)
 
 # %% ../nbs/36_forecaster.ipynb #f9ad6b63
-def check_names(names: list[str], families: dict[str, list[int]]):
+def engineer_of(own: dict) -> AdvancedFeatureEngineer:
+    "What gives the features of a model that was saved; StateError where a family of the user's own is not there"
+    if not isinstance(own, dict) or not all(isinstance(then, dict) for then in own.values()):
+        raise ValueError(f'its own families are {str(own)[:80]!r}')
+    try: return engineer_like(own)
+    except FamilyError as e: raise StateError(f'this model was trained with a family of your own: {e}') from e
+
+def check_names(names: list[str], families: dict[str, list[int]], e: AdvancedFeatureEngineer):
     "ValueError unless these are inputs that `make_inputs` gives, in its order"
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError('the names of the inputs must be different texts')
     placed = [j for columns in families.values() for j in columns]
     if placed != list(range(len(names))) or not all(is_whole(j) for j in placed):
         raise ValueError('names and families do not fit one another')
-    e = all_features()
     for family in [family for family in families if family in e.family_of]:
         have = [name for name, of in zip(e.columns, e.family_of) if of == family]
         mine = [names[j] for j in families[family]]
@@ -712,13 +757,14 @@ def check_network(there: NetworkConfig, asked: NetworkConfig):
 def assemble(tensors: dict, m: dict) -> Forecaster:
     "A forecaster from what `load` gives; ValueError where its parts make no sense or do not fit one another"
     names, families = m['names'], m['families']
-    check_names(names, families)
+    own = m.get('own', {})
+    check_names(names, families, engineer_of(own))
     center, scale = (tensors['scaler'][k].numpy() for k in ('center', 'scale'))
     scaler = Scaler(center, scale, m['clip'])
     check_scale(scaler, len(names))
     config, network = ForecasterConfig(**tuples(m['config'])), NetworkConfig(**tuples(m['network']))
     check_network(network, network_of(config, names, families))
-    return Forecaster(config, names, families, scaler, rebuild(network, tensors['network']))
+    return Forecaster(config, names, families, scaler, rebuild(network, tensors['network']), own)
 
 # %% ../nbs/36_forecaster.ipynb #f795bed9
 def load_forecaster(root, device: str = 'cpu') -> tuple[Forecaster, dict]:

@@ -221,6 +221,12 @@ class Candles:
     def place(self) -> str: return joined(type(self.bot).__name__, self.path, self.name)
 
     @property
+    def exchange(self) -> str | None:
+        "Name in ccxt of the exchange that it asks; None: it is none of ccxt, or does not say"
+        name = member(follow(self.bot, self.path), 'id')
+        return name if self.name == 'fetch_ohlcv' and isinstance(name, str) else None
+
+    @property
     def is_async(self) -> bool:
         "Whether it has to be awaited in the bot's own event loop"
         return inspect.iscoroutinefunction(follow(self.bot, joined(self.path, self.name)))
@@ -504,8 +510,9 @@ class Keeper:
         every=None,               # Time between rounds; None: a bar
         symbols=None,             # Coins to collect while there is no model; None: those the bot speaks of
         timeframe=None,           # Length of their bars; None: what the bot speaks of
+        sources=None,             # `Sources`: what the model reads beside bars; None: nobody gives it
     ):
-        self.ai, self.candles, self.journal = ai, candles, journal
+        self.ai, self.candles, self.journal, self.sources = ai, candles, journal, sources
         self.deadline, self.every = deadline, None if every is None else parse_timeframe(every)
         self.clock = clock or (lambda: pd.Timestamp.now('UTC'))
         self.bars = None          # Market frame of what is kept
@@ -513,14 +520,15 @@ class Keeper:
         self._wanted = symbols, timeframe
         self._recent = {}         # coin to the opens of its last usable bars
         self._lines, self._plan, self._ours = {}, None, {}
-        self._last = None, None   # model and number of the open bar, when it last spoke
+        self._last = None, None, None   # model, number of the open bar and what lay beside it, when it last spoke
         self._lock = asyncio.Lock()
-        self._thread, self._running, self._begun = None, None, threading.Event()
+        self._thread, self._running, self._begun, self._hearing = None, None, threading.Event(), None
 
     @property
     def health(self) -> dict[str, str | None]:
         "What is wrong in words, None where nothing is: of each coin, and of model and journal where they failed"
-        return {k: line.why for k, line in self._lines.items()} | self._ours
+        beside = {} if self.sources is None else self.sources.health
+        return {k: line.why for k, line in self._lines.items()} | beside | self._ours
 
     def plan(self) -> Plan | None:
         "Coins, timeframe and bars: those of the live model, else those the bot speaks of; None: nobody says"
@@ -541,7 +549,7 @@ class Keeper:
             self._follow(plan)
             due = [k for k in plan.symbols if self._due(k, plan, now)]
             gate = asyncio.Semaphore(SIDE_BY_SIDE)
-            asked = [self._ask(k, plan, now, gate) for k in due]
+            asked = [self._ask(k, plan, now, gate) for k in due] + self._ask_beside(plan, now)
             if asked: await asyncio.wait(asked, timeout=self.deadline)
             came = self._collect(plan)
             return await self._work(plan, came, now)
@@ -597,7 +605,7 @@ class Keeper:
     def _follow(self, plan: Plan):
         "A model with other coins or other bars: begin again where they differ"
         fresh = self._plan is None or self._plan.timeframe != plan.timeframe
-        if fresh: self.bars, self._recent, self._last = None, {}, (None, None)
+        if fresh: self.bars, self._recent, self._last = None, {}, (None, None, None)
         for symbol, line in list(self._lines.items()):
             if not fresh and symbol in plan.symbols: continue
             if line.task is not None: line.task.cancel()
@@ -638,6 +646,23 @@ class Keeper:
         line.task.add_done_callback(lambda task: task.cancelled() or task.exception())   # seen, whoever waits
         return line.task
 
+    def _ask_beside(self, plan: Plan, now: pd.Timestamp) -> list[asyncio.Task]:
+        "Begin to ask for what is new beside the bars, where the model reads something"
+        if self.sources is None or self.ai.snapshot is None: return []
+        wanted = self.ai.needed_sources()
+        if not wanted and not self.sources.health: return []
+        close = next_close(now, plan.timeframe, self._phase(plan)) - plan.timeframe
+        def hear(): self.sources.hear(wanted, now, close, self._start(plan, now), self.deadline)
+        self._hearing = asyncio.get_running_loop().create_task(in_thread(hear))
+        return [self._hearing]
+
+    def _start(self, plan: Plan, now: pd.Timestamp) -> pd.Timestamp: return now - (plan.keep + 1) * plan.timeframe
+
+    def _beside(self, plan: Plan, now: pd.Timestamp) -> dict:
+        "What was known beside the bars by now"
+        if self.sources is None: return {}
+        return self.sources.known(self.ai.needed_sources(), now, self._start(plan, now))
+
     def _collect(self, plan: Plan) -> dict:
         "What came: coin to its bars, to the error, or to None where it is still awaited"
         came = {}
@@ -669,9 +694,10 @@ class Keeper:
             self._recent = recent_opens(self.bars)
         for symbol, x in came.items(): self._judge(symbol, x, plan, now)
         if self.ai.snapshot is None or self.bars is None: return {}
-        model, bar = self.ai.snapshot, self._number(now, plan)
-        same = self._last[0] is model and self._last[1] == bar and self.bars.equals(before)
-        if not same: self._last, self.said = (model, bar), self._speak(now)
+        model, bar, beside = self.ai.snapshot, self._number(now, plan), self._beside(plan, now)
+        known = self._last[0] is model and self._last[1] == bar and self._last[2].keys() == beside.keys()
+        same = known and all(self._last[2][k] is x for k, x in beside.items()) and self.bars.equals(before)
+        if not same: self._last, self.said = (model, bar, beside), self._speak(now, beside)
         return self.said
 
     def _judge(self, symbol: str, came, plan: Plan, now: pd.Timestamp):
@@ -686,11 +712,11 @@ class Keeper:
         if line.failures == 1: log.warning('%s: %s', symbol, line.why)
         if failed and not line.failures: log.info('%s: well again', symbol)
 
-    def _speak(self, now: pd.Timestamp) -> dict:
+    def _speak(self, now: pd.Timestamp, beside: dict) -> dict:
         "Predictions and signals of the bars that are kept, journalled"
         self._ours = {}
         try:
-            predictions = self.ai.predict_sync(self.bars, now=now)
+            predictions = self.ai.predict_sync(self.bars, now=now, **beside)
             signals = {k: self.ai.get_trading_signal(k, now=now) for k in predictions}
             said = {k: dict(prediction=p, signal=signals[k]) for k, p in predictions.items()}
         except Exception as e:
@@ -711,4 +737,5 @@ class Keeper:
         close = next_close(now, self._plan.timeframe, self._phase(self._plan)) + AFTER
         again = [line.again for line in self._lines.values() if line.again is not None]
         awaited = [now + PAUSE for line in self._lines.values() if line.task is not None]
-        return min([close, *again, *awaited])
+        beside = [self.sources.again] if self.sources is not None and self.sources.again is not None else []
+        return min([close, *again, *awaited, *beside])

@@ -21,6 +21,8 @@ from . import __version__
 from .backtest import BORROW, ROUND_TRIP
 from .data import DataError, normalise_symbol, parse_timeframe, read_panel, to_utc
 from .combined import Combined, load_combined, save_combined
+from .features import bring
+from .feeds import Sources
 from .forecaster import ForecasterConfig, pick_size
 from .hosts import Keeper, find_candles
 from .ledger import read_ledger
@@ -28,7 +30,7 @@ from .monitor import Journal
 from .newest import Prediction, Snapshot, without_forecast
 from .online import Online
 from .policy import Policy, PolicyState
-from .settings import RULES, Rule, check_settings, is_number, log, one_of, whole
+from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
 from .state import StateError, discard, load, read_json, save, write_json
@@ -43,6 +45,8 @@ AGES = [f.name for f in fields(MaxAge)]
 OF_A_BOT = RULES | dict(
     act_on=one_of(WORDS),
     trials=whole(1),
+    features=Rule('a list of different names, such as my_features:vol_spread',
+                  lambda x: are_different(x, lambda name: isinstance(name, str))),
     state_dir=Rule('the path of a folder', lambda x: isinstance(x, (str, Path)) and str(x) != ''),
     max_age=Rule(f'a dict with keys among {", ".join(AGES)}', lambda x: isinstance(x, dict) and set(x) <= set(AGES)),
 )
@@ -64,6 +68,7 @@ class Config:
     book: str = 'auto'                  # auto, relative or timing: what is judged and followed
     long_only: bool = False             # A spot account: no target below 0
     resample: bool = False              # Bars finer than `timeframe` are put together
+    features: tuple = ()                # Families of the user's own beside ours, such as my_features:vol_spread
     fresh: bool = True                  # Weights refit to the newest bar; False: those that were judged
     act_on: str = ACT_ON                # The worst word that is acted on: FAIL, INCONCLUSIVE or PASS
     question: str = ''                  # What the trials of these data belong to in the ledger
@@ -81,7 +86,7 @@ class Config:
         if c.timeframe is not None: parse_timeframe(c.timeframe)
         try: [parse_timeframe(v) for v in (c.max_age or {}).values()]
         except DataError as e: raise ValueError(f'max_age: {e}') from e
-        return replace(c, horizons=tuple(sorted(c.horizons)))
+        return replace(c, horizons=tuple(sorted(c.horizons)), features=tuple(c.features))
 
 # %% ../nbs/52_integration.ipynb #f9ed7515
 def checkpoint_folder(root: Path, study: Study, config: ForecasterConfig, device: str) -> Path:
@@ -123,10 +128,12 @@ def differences(
 ) -> list[str]:           # In words
     "Where a saved model is not what a config asks for"
     there = dict(size=f.config.size, horizons=f.config.horizons, timeframe=terms.timeframe,
-                 round_trip=f.config.round_trip, book=terms.declared.kind, long_only=terms.declared.long_only)
+                 round_trip=f.config.round_trip, book=terms.declared.kind, long_only=terms.declared.long_only,
+                 features=list(f.first.own))
     def same(key, value):
         if value == 'auto': return True
         if key == 'timeframe': return parse_timeframe(value) == parse_timeframe(there[key])
+        if key == 'features': return sorted(value) == sorted(there[key])
         if key == 'horizons': return tuple(sorted(value)) == tuple(there[key])
         return value == there[key]
     return [f'{key} {there[key]} there, {value} asked for' for key, value in asked.items()
@@ -381,6 +388,7 @@ class UltimateTradingAI(AsyncTwins):
         device: str = 'auto',         # auto, cpu, cuda or cuda:1
     ):
         self.config = Config.read(config or {})
+        for name in self.config.features: bring(name)
         self.device = str(pick_device(device))
         self.max_age = MaxAge(**self.config.max_age or {})
         self.snapshot = None                # the live model, replaced in one assignment
@@ -397,7 +405,9 @@ class UltimateTradingAI(AsyncTwins):
         if self.config.threads: torch.set_num_threads(self.config.threads)
 
     def __getstate__(self): return vars(self) | dict.fromkeys(('_training', '_online', '_guests', 'keeper', 'startup'))
-    def __setstate__(self, state): vars(self).update(state, _training=threading.Lock())
+    def __setstate__(self, state):
+        vars(self).update(state, _training=threading.Lock())
+        for name in self.config.features: bring(name)
 
     def live(self) -> Snapshot:
         "The live model; StateError if there is none"
@@ -408,6 +418,14 @@ class UltimateTradingAI(AsyncTwins):
     def needed_history(self) -> int:
         "Closed bars of every coin of the live model that a prediction needs"
         return self.live().need
+
+    def needed_sources(self) -> dict[str, list[str]]:
+        "What the live model reads beside bars: source to the coins that had it in training, all where none had it long"
+        s = self.live()
+        names, sources = s.forecaster.names, s.forecaster.first.sources
+        def lacks(coin, columns): return {names[j] for j in columns} <= set(s.terms.absent.get(coin, ()))
+        had = {k: [x for x in self.coins() if k == 'extra' or not lacks(x, cols)] for k, cols in sources.items()}
+        return {k: coins or self.coins() for k, coins in had.items()}
 
     def model_name(self) -> str:
         "Names the weights of the live model"
@@ -463,7 +481,8 @@ class UltimateTradingAI(AsyncTwins):
             c = self.config
             panel, report = read_panel(data, symbols, timeframe=c.timeframe, now=clock(None), resample=c.resample)
             known = report.digest, c.borrow, c.question, report.refused
-            study = Study.of(panel, c.horizons, c.round_trip, extra, *known, c.book, c.long_only, **sources)
+            study = Study.of(panel, c.horizons, c.round_trip, extra, *known, c.book, c.long_only,
+                             features=c.features, **sources)
             size = pick_size(c.size, self.device)
             settings = ForecasterConfig(c.horizons, size, round_trip=c.round_trip, epochs=epochs, seed=c.seed,
                                         networks=c.networks)
@@ -650,7 +669,7 @@ async def trained_beside(ai: UltimateTradingAI, data):
 
 async def integrate_with_existing_bot(
     bot_instance,                        # A bot of any kind that has candles somewhere, see `find_candles`
-    config: dict | None = None,          # The bot's; see `settings_of`, and `find_candles` for `candles`
+    config: dict | None = None,          # The bot's: `settings_of`; `candles`: `find_candles`; `extra`: `Sources`
     train_on_startup: bool = False,      # Train in the background
     historical_data_path=None,           # Bars to train on, such as `cryptoml download` leaves
 ) -> UltimateTradingAI:                  # The bot's `ai_system`
@@ -662,7 +681,8 @@ async def integrate_with_existing_bot(
     home = Path(ai.config.state_dir)
     try: await asyncio.to_thread(ai.load_state)
     except StateError as e: log.warning(f'{e}: signals hold until there is a model')
-    ai.keeper = Keeper(ai, candles, Journal(home/'journal'))
+    sources = Sources(candles.exchange, (config or {}).get('extra'), folder=home/'sources')
+    ai.keeper = Keeper(ai, candles, Journal(home/'journal'), sources=sources)
     ai.keeper.start()
     bot_instance.ai_system = ai
     if train_on_startup: ai.startup = asyncio.create_task(trained_beside(ai, historical_data_path))

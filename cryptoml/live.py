@@ -6,14 +6,14 @@
 __all__ = ['TOLD_BY', 'DAY', 'MEMORY', 'AGAIN', 'WAIT', 'PATIENCE', 'WIDE', 'HIGH', 'EDGE', 'FACTS', 'STYLE', 'REFRESH', 'SHOWN',
            'PRICES', 'OF_SIGNAL', 'OF_PREDICTION', 'CLOSE', 'BODY', 'ROW', 'KNOWN', 'SECRET', 'COMMANDS',
            'CommandError', 'load_ai', 'held_for', 'with_signals', 'say', 'answer', 'Paper', 'trimmed', 'merged',
-           'sound', 'ExchangeClock', 'Settings', 'promises_beside', 'Live', 'in_a_line', 'cell', 'row_of', 'table',
-           'section', 'ago', 'drawn', 'holdings', 'spoken', 'feeds', 'calibrated', 'heading', 'money', 'page', 'apart',
-           'differing', 'named_state', 'spans', 'parity', 'Asked', 'given_bars', 'question', 'Desk', 'Handler',
-           'is_loopback', 'Server', 'parser_of', 'predict_command', 'serve_command', 'in_ccxt', 'live_parser',
-           'show_parity', 'live_command', 'command']
+           'sound', 'ExchangeClock', 'Settings', 'Live', 'in_a_line', 'cell', 'row_of', 'table', 'section', 'ago',
+           'drawn', 'holdings', 'spoken', 'feeds', 'calibrated', 'heading', 'money', 'page', 'apart', 'differing',
+           'named_state', 'spans', 'parity', 'Asked', 'given_bars', 'question', 'Desk', 'Handler', 'is_loopback',
+           'Server', 'parser_of', 'parsed', 'predict_command', 'serve_command', 'in_ccxt', 'live_parser', 'sources_for',
+           'function_named', 'show_parity', 'live_command', 'command']
 
 # %% ../nbs/54_live.ipynb #e60c921d
-import argparse, contextlib, hmac, html, ipaddress, json, os, secrets, socket, threading, time
+import argparse, contextlib, hmac, html, ipaddress, json, os, secrets, socket, sys, threading, time
 from collections import deque
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 from .backtest import COSTS, TRADED, Account, Costs
 from .data import DataError, NoSymbol, clean_each, parse_timeframe, read_bars, to_utc
-from .feeds import Feed
+from .features import bring, import_from
+from .feeds import COINMETRICS, OBTAINED, Feed, Sources
 from .integration import UltimateTradingAI, clock, stored_name
 from .monitor import Journal, health_report
 from .newest import SPARE, without_forecast
@@ -61,11 +62,12 @@ def say(
     bars: pd.DataFrame | None,    # Of all coins of the model, up to the newest; None: nothing was received
     now: pd.Timestamp,            # The bot's clock
     least: float | None = None,   # Confidence asked for; None: the threshold of the model
+    beside: dict | None = None,   # What was known beside the bars: keywords of a prediction
 ) -> dict[str, dict]:             # Symbol to its prediction and signal
     "What the model says of every coin; whatever fails is a HOLD that says so"
     coins = ai.coins()
     if bars is None or not len(bars): return {k: held_for(ai, k, 'no bars were received') for k in coins}
-    try: return with_signals(ai, ai.predict_sync(bars, now=now), now, least)
+    try: return with_signals(ai, ai.predict_sync(bars, now=now, **beside or {}), now, least)
     except Exception as e:
         log.debug('the prediction of %s failed', now, exc_info=True)
         return {k: held_for(ai, k, f'the prediction failed: {e}') for k in coins}
@@ -209,19 +211,15 @@ class Settings:
     deadline: float = 30.          # Seconds after which a late coin is left out
     grace: float = 2.              # Seconds after a close until the exchange is asked
 
-def promises_beside(state: str) -> list[dict] | None:
-    "What validation measured, where the model lies in the folder of the run that trained it; None: it is not there"
-    try: return read_json(Path(state).resolve().parent/'metrics.json')['rows']
-    except (StateError, OSError, KeyError, TypeError): return None
-
 # %% ../nbs/54_live.ipynb #3293a200
 class Live:
     "The loop: bars come in; signals, journal, account and page go out"
-    def __init__(self, ai, feed, folder, settings=None, clock=None, sleep=time.sleep, tell=print):
+    def __init__(self, ai, feed, folder, settings=None, clock=None, sleep=time.sleep, tell=print, sources=None):
         self.ai, self.feed, self.folder, self.settings = ai, feed, Path(folder), settings or Settings()
         self.clock, self.sleep, self.tell = clock or ExchangeClock(feed.exchange), sleep, tell
+        self.sources = sources or Sources(feed, folder=self.folder/'sources')
         snapshot = ai.live()
-        self.terms, self.bar = snapshot.terms, snapshot.timeframe
+        self.terms, self.bar, self.needed = snapshot.terms, snapshot.timeframe, ai.needed_sources()
         self.most = ai.needed_history() + SPARE
         self.account = self.opened()
         self.journal = Journal(self.folder/'journal')
@@ -269,6 +267,10 @@ class Live:
             if attempt and (left <= 0 or self.received(close) >= set(self.terms.symbols)): break
             if attempt: self.sleep(min(left, self.settings.deadline / (AGAIN + 2)))
             failed = self.take(max((end - self.clock()).total_seconds(), 1.))
+        if self.needed:
+            now, left = self.clock(), (end - self.clock()).total_seconds()
+            self.sources.hear(self.needed, now, close, now - self.most * self.bar, max(left, 1.))
+            for name, why in self.sources.health.items(): self.watch('feed', name, why)
         self.watch('feed', 'every coin', failed)
         for symbol, health in self.feed.health.items(): self.watch('feed', symbol, health.error)
 
@@ -276,8 +278,8 @@ class Live:
         "Bars of one request, kept"
         now = self.clock()
         try:
-            new = self.past(now) if self.kept is None else self.feed.newest(now, deadline=seconds)
             if self.kept is not None: self.follow_added(now)
+            new = self.past(now) if self.kept is None else self.feed.newest(now, deadline=seconds)
         except Exception as e: return f'{type(e).__name__}: {e}'
         if len(new): self.kept = trimmed(merged(self.kept, new), now, self.bar, self.most)
 
@@ -298,8 +300,9 @@ class Live:
         "Coins that were added since: their history, with what is kept"
         for symbol in self.ai.coins():
             if symbol in self.feed.health: continue
-            self.kept = merged(self.kept, self.history_of(symbol, now))
-            self.feed.add(symbol)
+            try: self.kept = merged(self.kept, self.history_of(symbol, now))
+            except DataError as e: self.watch('feed', symbol, str(e))
+            else: self.feed.add(symbol)
 
     def watch(self, where: str, symbol: str, what: str | None):
         "A fault of a coin is written down when it begins"
@@ -323,7 +326,8 @@ class Live:
         close = self.clock().floor(self.bar)
         self.hear(close)
         now = self.clock()
-        self.said = say(self.ai, self.kept, now, self.settings.least)
+        beside = self.sources.known(self.needed, now, now - self.most * self.bar)
+        self.said = say(self.ai, self.kept, now, self.settings.least, beside)
         for symbol, x in self.said.items(): self.watch('bars', symbol, '; '.join(x['prediction']['faults']))
         if self.kept is not None:                               # without bars there is nothing to compute again
             with self.guarded('journal'): self.journal.record(now, self.kept, self.said, self.ai.model_name())
@@ -368,7 +372,7 @@ class Live:
     def report(self, now: pd.Timestamp) -> dict | None:
         "What the monitor says, asked once a day; None: no forecast can be judged yet"
         if self.reported[1] and now - self.reported[0] < DAY: return self.reported[1]
-        try: self.reported = now, health_report(self.journal, None, self.terms, promises_beside(self.settings.state))
+        try: self.reported = now, health_report(self.journal, None, self.terms)
         except DataError as e: log.debug('no report: %s', e)
         except Exception as e: self.watch('report', 'the monitor', f'{type(e).__name__}: {e}')
         return self.reported[1]
@@ -454,13 +458,14 @@ def calibrated(report: dict | None) -> str:
     known = ', '.join(f'{n:,} over {h} bars' for h, n in report['matured'].items())
     evidence = max((x['evidence'] for x in report['drift']), default=0.)
     alarms = ''.join(f'<p class="bad">{cell(x)}</p>' for x in report['alarms'])
+    missing = ''.join(f'<p class="none">{cell(x)}</p>' for x in report['missing'])
     def row(x):
         promised = '' if x['promised'] is None else f'{x["promised"]:.3f}'
         return [cell(f'{x["target"]} at {x["horizon"]}: {x["metric"]}'), f'{x["value"]:.3f}', promised]
     rows = [row(x) for x in report['figures'] if x['over'] is None]
     return (f'{alarms}<p>{report["forecasts"]:,} forecasts since {cell(report["since"][:16])}; '
             f'answers known: {cell(known)}</p><p>evidence of drift {evidence:.2g} (1 rings)</p>'
-            f'{table(["figure", "live", "promised"], rows, "figures need twenty days")}')
+            f'{table(["figure", "live", "promised"], rows, "figures need twenty days")}{missing}')
 
 # %% ../nbs/54_live.ipynb #6fdac0b3
 STYLE = """
@@ -583,7 +588,7 @@ def parity(
 ) -> dict:              # entries, signals, different, lost, largest, first
     "Compute every signal of the journal again from the bars of its moment, and count what differs"
     folder = Path(folder)
-    journal = Journal(folder/'journal')
+    journal, sources = Journal(folder/'journal'), Sources(folder=folder/'sources')
     entries, different, lost, largest, signals = journal.entries(), [], 0, 0., 0
     for session, places in spans(folder, journal):
         place = named_state(state or session['state'], session['model']) if places else None
@@ -591,9 +596,12 @@ def parity(
             lost += len(places)
             continue
         ai = load_ai(place, session['act_on'])
-        for symbol in {k for place in places for k in entries[place].said} - {*ai.coins()}: ai.add_coin(symbol)
+        for symbol in {name for k in places for name in entries[k].said} - {*ai.coins()}: ai.add_coin(symbol)
+        most = (ai.needed_history() + SPARE) * ai.live().timeframe
         for k in places:
-            again = say(ai, journal.bars_at(k), entries[k].now, session['least'])
+            now = entries[k].now
+            beside = sources.known(ai.needed_sources(), now, now - most)
+            again = say(ai, journal.bars_at(k), now, session['least'], beside)
             for symbol, said in entries[k].said.items():
                 found = differing(said, again[symbol])
                 signals += 1
@@ -760,15 +768,23 @@ def parser_of(name: str, about: str) -> _Parser:
     parser.add_argument('--state', default='cryptoml_state', help='folder of a saved model, or model/ of a train run')
     parser.add_argument('--act-on', choices=WORDS, help='the worst verdict that is acted on')
     parser.add_argument('--min-confidence', type=float, dest='least', help='0 to 1; default: found in validation')
+    parser.add_argument('--features', default='', help='your own families of the model, such as my_features:vol_spread')
     return parser
 
+def parsed(parser: _Parser, argv: list[str]) -> argparse.Namespace:
+    "What was given, the families of the user's own imported"
+    a = parser.parse_args(argv)
+    for name in filter(None, a.features.split(',')): bring(name)
+    return a
+
+# %% ../nbs/54_live.ipynb #ec6d521a
 def predict_command(argv: list[str]) -> int:
     "`cryptoml predict`: one answer from a file of bars, as JSON"
     parser = parser_of('predict', 'what a model says of the bars in a file')
     parser.add_argument('--data', required=True, help='parquet or csv with bars of the coins of the model')
     parser.add_argument('--symbol', help='one coin; default: all of the model')
     parser.add_argument('--now', help='the clock, such as 2024-05-01T12:00; default: now')
-    a = parser.parse_args(argv)
+    a = parsed(parser, argv)
     print(json.dumps(answer(load_ai(a.state, a.act_on), a.data, a.now, a.symbol, a.least), indent=1))
     return 0
 
@@ -778,7 +794,7 @@ def serve_command(argv: list[str]) -> int:
     parser.add_argument('--port', type=int, default=8765)
     parser.add_argument('--host', default='127.0.0.1')
     parser.add_argument('--anywhere', action='store_true', help='listen where other machines can reach it')
-    a = parser.parse_args(argv)
+    a = parsed(parser, argv)
     given = os.environ.get('CRYPTOML_TOKEN')
     server = Server(load_ai(a.state, a.act_on), a.host, a.port, given, a.anywhere)
     print('POST http://{}:{}/predict'.format(*server.server_address), flush=True)
@@ -805,10 +821,31 @@ def live_parser() -> _Parser:
     parser.add_argument('--url', help="address in place of the exchange's own")
     parser.add_argument('--deadline', type=float, default=30., help='seconds after which a late coin is left out')
     parser.add_argument('--grace', type=float, default=2., help='seconds after a close until the exchange is asked')
+    parser.add_argument('--extra', help='function that gives your own columns, such as my_columns:newest')
+    parser.add_argument('--chain', default=COINMETRICS, help='base address of Coin Metrics')
     parser.add_argument('--bars', type=int, help='end after so many; default: never')
     parser.add_argument('--parity', metavar='FOLDER', help='compute the signals of a live run again, and compare')
     return parser
 
+def sources_for(ai: UltimateTradingAI, feed: Feed, extra: str | None, chain: str, folder) -> Sources:
+    "Where a model gets what it reads beside bars; CommandError where it cannot be had"
+    needed = ai.needed_sources()
+    if lost := [k for k in needed if k not in OBTAINED]:
+        raise CommandError(f'this model reads {", ".join(lost)}, which this loop cannot ask for: it would always hold')
+    if 'extra' in needed and not extra:
+        raise CommandError('this model reads columns of your own: name the function of coins and a time that gives '
+                           'them from then on, such as --extra my_columns:newest')
+    return Sources(feed, function_named(extra) if extra else None, chain=chain, folder=folder)
+
+def function_named(name: str):
+    "The function that the user calls module:function; CommandError where there is none"
+    module, _, attribute = name.partition(':')
+    if module not in sys.modules: import_from(module, name)
+    found = vars(sys.modules[module]).get(attribute)
+    if not callable(found): raise CommandError(f'{name} is no function: write module:function')
+    return found
+
+# %% ../nbs/54_live.ipynb #f01ab922
 def show_parity(folder) -> int:
     "Print what differs; the exit code is 1 where something does, or nothing could be compared"
     found = parity(folder)
@@ -817,7 +854,7 @@ def show_parity(folder) -> int:
 
 def live_command(argv: list[str]) -> int:
     "`cryptoml live`: the loop, or its parity"
-    a = live_parser().parse_args(argv)
+    a = parsed(live_parser(), argv)
     if a.parity: return show_parity(a.parity)
     if not a.exchange: raise CommandError('name an exchange: --exchange binance')
     if not a.paper: raise CommandError('this trades on paper only: add --paper')
@@ -825,10 +862,9 @@ def live_command(argv: list[str]) -> int:
     ai = load_ai(a.state, a.act_on)
     settings = Settings(str(Path(a.state).absolute()), a.act_on, a.least, a.equity, a.deadline, a.grace)
     terms = ai.live().terms
-    if terms.sources:
-        raise CommandError(f'this model needs {", ".join(terms.sources)} beside its bars: a feed of candles lacks them')
     for symbol in a.add.split(',') if a.add else []: ai.add_coin(symbol)
-    live = Live(ai, Feed(a.exchange, ai.coins(), in_ccxt(terms.timeframe), url=a.url), a.out, settings)
+    feed = Feed(a.exchange, ai.coins(), in_ccxt(terms.timeframe), url=a.url)
+    live = Live(ai, feed, a.out, settings, sources=sources_for(ai, feed, a.extra, a.chain, Path(a.out)/'sources'))
     print(f'page: {Path(a.out).absolute()/"status.html"}', flush=True)
     live.run(a.bars)
     return 0

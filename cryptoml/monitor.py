@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORSE', 'BETS', 'HEAT', 'STARTS', 'REFIT', 'Entry', 'Journal', 'known_bars', 'Matured', 'labels_at', 'matured',
-           'live_rows', 'rounds', 'bet_on', 'wealth', 'drift', 'live_book', 'Spell', 'spells', 'days_of', 'plausible',
-           'dry_spell', 'refit_due', 'Rule', 'shadow_of', 'declare', 'declared', 'promotion', 'Alerts', 'health_report',
+           'live_rows', 'rounds', 'bet_on', 'wealth', 'drift', 'live_book', 'Spell', 'spells', 'plausible', 'dry_spell',
+           'refit_due', 'Rule', 'shadow_of', 'declare', 'declared', 'promotion', 'Alerts', 'health_report',
            'plot_monitor']
 
 # %% ../nbs/45_monitor.ipynb #d4029afa
@@ -22,7 +22,7 @@ from .metrics import day_blocks, diebold_mariano, interval_mean
 from .policy import Policy
 from .settings import log
 from .state import StateError, append_line, read_lines
-from .study import Terms
+from .study import Terms, days_of
 from .targets import (CLASSES, REGIMES, above, direction, forward_returns, market_centre, realised_volatility,
                               regime)
 from .verdict import LEAST_DAYS, OWN, Comparison, comparisons, losses, row, scored, split_rows
@@ -358,15 +358,20 @@ def _share_of(metric: str) -> float | None:
     return float(metric.split()[1].rstrip('%')) / 100 if metric.startswith('coverage') else None
 
 def _promises(
-    rows: list[dict] | None,    # As `metrics.json` holds them
-) -> dict:                      # Target, horizon and metric to the value
+    rows: list[dict] | None,    # As the terms hold them
+) -> dict:                      # Target, horizon, metric and regime (None: all of them) to the value
     "What validation measured of the judged forecast"
-    own = [r for r in rows or [] if r['model'] == OWN and r.get('over') is None and r.get('by') is None]
-    return {(r['target'], r['horizon'], r['metric']): r['value'] for r in own}
+    own = [r for r in rows or [] if r.get('model', OWN) == OWN and r.get('over') is None]
+    return {(r['target'], r['horizon'], r['metric'], r.get('part')): r['value'] for r in own}
+
+def _promise(was: dict, r: dict) -> float | None:
+    "Of a row: in its regime, else everywhere, else what its name says"
+    key = r['target'], r['horizon'], r['metric']
+    return was.get((*key, r.get('part')), was.get((*key, None), _share_of(r['metric'])))
 
 def live_rows(
     m: Matured,
-    promised: list[dict] | None = None,   # Rows of the judged forecast, as `metrics.json` holds them
+    promised: list[dict] | None = None,   # Rows of the judged forecast, as its terms hold them
     by_regime: bool = False,
 ) -> list[dict]:                          # Rows with 'promised' (None: nothing was), by regime also 'by' and 'part'
     "Live figures beside what validation promised; none with fewer than 20 days"
@@ -375,8 +380,7 @@ def live_rows(
     name = np.array([*REGIMES, None], object)[m.regime]
     rows = split_rows(rows_of, {'regime': name}) if by_regime else rows_of(everywhere) + _bias_rows(m)
     was = _promises(promised)
-    def promise(r): return was.get((r['target'], r['horizon'], r['metric']), _share_of(r['metric']))
-    return [r | dict(promised=promise(r)) for r in rows]
+    return [r | dict(promised=_promise(was, r)) for r in rows]
 
 # %% ../nbs/45_monitor.ipynb #2254c929
 WORSE = .1                    # Share by which a promise may be missed
@@ -440,7 +444,7 @@ def _claims(m: Matured, j: int, promised: dict) -> dict:   # Target to x of each
     ret, vol = m.labels['return'][:, j], m.labels['volatility'][:, j]
     ends, q = m.said['return'][:, j], m.said['volatility'][:, j]
     out = np.where(np.isfinite(ret)[:, None], (ret[:, None] < ends[..., 0]) | (ret[:, None] > ends[..., 1]), np.nan)
-    def coverage(share): return promised.get(('return', m.horizons[j], f'coverage {share:.0%}'), share)
+    def coverage(share): return promised.get(('return', m.horizons[j], f'coverage {share:.0%}', None), share)
     tails = [1 - min(share, coverage(share)) for share in m.shares]
     over = np.where(np.isfinite(vol)[:, None], vol[:, None] > q[:, [len(m.levels) // 2, -1]], np.nan)
     beyond = [1 - m.levels[len(m.levels) // 2], 1 - m.levels[-1]]
@@ -520,13 +524,6 @@ def spells(
     fall = 1 - equity / np.maximum(np.maximum.accumulate(equity, -1), 1.)
     return Spell(_longest(fall > 1e-12), fall.max(-1), _longest(~held))
 
-def days_of(book: Book) -> pd.DataFrame:   # By day number: ret, held
-    "Returns of days, and whether something was held"
-    days, returns = book.daily()
-    at = np.searchsorted(days, day_blocks(book.time))
-    exposure = np.bincount(at, np.abs(book.weights).sum(0)) / np.bincount(at)
-    return pd.DataFrame(dict(ret=returns, held=exposure > 1e-4), index=days)
-
 # %% ../nbs/45_monitor.ipynb #ba6c2d5e
 def plausible(
     judged: pd.DataFrame,     # Of `days_of`: the book that was judged
@@ -556,6 +553,7 @@ def dry_spell(
     "Whether the live book does what the judged one would not, in its last 360 days"
     most = plausible(judged, **options)
     live = live.iloc[1:].iloc[-options.get('days', 360):]     # the first day is not whole
+    if not len(live): return dict(worst=Spell(0, 0., 0)._asdict(), plausible=most._asdict(), beyond=[])
     worst = spells(live['ret'].to_numpy(), live['held'].to_numpy())
     beyond = [name for name, a, b in zip(Spell._fields, worst, most) if a > b]
     return dict(worst={k: v.item() for k, v in worst._asdict().items()}, plausible=most._asdict(), beyond=beyond)
@@ -714,7 +712,9 @@ def _book_report(m: Matured, panel: Panel, terms: Terms, judged: pd.DataFrame | 
     live = days_of(live_book(m, panel, terms))
     time = [f'{t:%Y-%m-%d}' for t in pd.to_datetime(live.index, unit='D')]
     out = dict(time=time, equity=np.cumprod(1 + live['ret']).tolist(), beyond=[])
-    return out if judged is None else out | dry_spell(live, judged)
+    if judged is None: return out
+    try: return out | dry_spell(live, judged)
+    except DataError as e: return out | dict(unknown=str(e))
 
 def _spell_said(book: dict) -> list[str]:
     said = dict(under_water='days below its best', fall='as a fall from its best', silent='days without a position')
@@ -740,8 +740,8 @@ def health_report(
     journal: Journal,
     bars: pd.DataFrame | None,            # Later bars than the journal's, a market frame
     terms: Terms,                         # Of the live model
-    promised: list[dict] | None = None,   # Rows of its `metrics.json`
-    judged: pd.DataFrame | None = None,   # `days_of` the judged book
+    promised: list[dict] | None = None,   # Rows of the judged forecast; None: those of its terms
+    judged: pd.DataFrame | None = None,   # `days_of` the judged book; None: those of its terms
     now=None,                             # The bot's clock; None: that of the newest entry
     model: str | None = None,             # Name of the live weights; None: of the newest entry
     refit=REFIT,                          # Age of the data at which weights are refit
@@ -752,11 +752,15 @@ def health_report(
     now = entries[-1].now if now is None else to_utc([now])[0]
     model = entries[-1].model if model is None else model
     m, panel = matured(journal, bars, terms, model, now)
+    promised = terms.promised_rows if promised is None else promised
+    judged = terms.judged_days if judged is None else judged
     claims, book = drift(m, promised), _book_report(m, panel, terms, judged)
     alarms = _alarms_of(claims) + _spell_said(book)
     shadow = _shadow_report(journal, bars, m, terms, now)
-    needed = {'what validation promised (rows of metrics.json) is': promised, 'days of the judged book are': judged}
-    missing = [f'{what} not given: nothing is compared with them' for what, given in needed.items() if given is None]
+    needed = {'what validation promised': promised, 'the days of the judged book': judged}
+    missing = [f'{what} is not in this state, which an earlier version saved: nothing is compared with it; train again'
+               for what, given in needed.items() if given is None]
+    missing += [f'no dry spell can be told: {book["unknown"]}'] if 'unknown' in book else []
     return dict(
         now=now.isoformat(), model=model, since=_iso(m.time[:1])[0], forecasts=len(m),
         matured={h: int(np.isfinite(m.labels['return'][:, j]).sum()) for j, h in enumerate(m.horizons)},

@@ -20,7 +20,7 @@ import torch
 from .data import (EXTRA, DataError, DataReport, NoSymbol, Panel, bars_of, clean_each, normalise_symbol,
                            from_finer, opens_of, parse_timeframe, read_each, to_panel)
 from .engine import BARS
-from .features import catalogue
+from .features import SOURCES, catalogue
 from .calibration import ODD, Bands, third_at
 from .baselines import Seen
 from .combined import Combined, blend_arrays, seen
@@ -233,7 +233,7 @@ def look(
     if resample: bars = bars.assign(time=opens_of(bars['time'], s.timeframe))
     report = replace(report, refused=unread | report.refused)
     panel = to_panel(good, s.timeframe)
-    inputs = s.forecaster.pick(make_inputs(panel, extra, **(sources or {})))
+    inputs = s.forecaster.pick(make_inputs(panel, extra, s.forecaster.first.engineer, **(sources or {})))
     recent = trailing_sigma(panel), trailing_beta(panel)
     return View(s, now, bars, report, inputs, *recent, s.forecaster.usable(inputs))
 
@@ -241,6 +241,7 @@ def look(
 GONE = dict(
     crosssection='give the bars of the other coins too',
     crossexchange='give the bars of the other coins, and the sources, as in training',
+    **dict.fromkeys(('extra', *SOURCES), 'it is late, or was not given as in training'),
     technical='the feed has no history',
 )
 
@@ -262,11 +263,12 @@ def window_faults(
     "Why the newest bar cannot be forecast"
     gone, names = np.isnan(x), f.names
     never = {*absent, *beside_candles()} if gone.any() else ()
-    found = []
-    for family, columns in f.families.items():
+    found, told = [], set()
+    for family, columns in (f.first.sources | f.families).items():
         if not gone[columns[0]:columns[-1] + 1].any(): continue
         had = [j for j in columns if names[j] not in never]
-        if had and gone[had].all():
+        if had and gone[had].all() and not told.issuperset(had):
+            told.update(had)
             why = GONE.get(family, 'give its source as in training')
             found.append(f'all {len(had)} {family} inputs are missing at the newest bar: {why}')
     if not usable and (~there).any(): found.append(f'{(~there).sum()} of the last {len(there)} bars are missing')

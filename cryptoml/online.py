@@ -16,7 +16,7 @@ import torch
 from .baselines import Seen
 from .combined import averaged, seen_now
 from .data import CANDLE, EXTRA, LOTS, RECENT, WILD, Panel, bars_of, from_finer, usable
-from .forecaster import Forecaster, Inputs, all_features, make_inputs, unscaled
+from .forecaster import Forecaster, Inputs, make_inputs, unscaled
 from .newest import (MICROSECOND, SPARE, Prediction, Snapshot, View, check_given, coin_bars, coin_of, examine,
                              look, predict_view)
 from .stream import NetworkStream
@@ -184,7 +184,7 @@ class Kept:
         self.time = pd.date_range(panel.time[0], periods=T + SPARE, freq=panel.timeframe).as_unit('us')
         self.values, self.mask = Growing(panel.values, SPARE), Growing(panel.mask, SPARE)
         self.x, self.usable = Growing(begun.inputs.x, SPARE), Growing(begun.usable, SPARE)
-        self.features = all_features().panel_stream(panel.symbols, panel.timeframe)
+        self.features = f.first.engineer.panel_stream(panel.symbols, panel.timeframe)
         self.features.catch_up(panel, **sources)
         self.columns = [self.features.columns.index(name) for name in f.names]
         self.networks = [NetworkNow(network, begun.inputs) for network in f.networks]
@@ -258,7 +258,7 @@ def can_follow(view: View) -> bool:
     defects, f = view.report.defects, view.model.forecaster
     changed = (defects['defect'] == 'change of unit') & (defects['action'] != 'joined')
     streams = all('tft' in network.network.bodies for network in f.networks)
-    ours = set(f.names) <= set(all_features().columns)
+    ours = set(f.names) <= set(f.first.engineer.columns)
     one_unit = not changed.any() and all(map(settled, view.panel['volume']))
     return streams and ours and one_unit and not view.report.refused
 
@@ -269,7 +269,7 @@ CLOSE_ENOUGH = 1e-5   # Largest difference of a forecast
 def faults_of(view: View, sources: dict, said: dict[str, np.ndarray]) -> list[str]:
     "Where what is kept is not what the same bars give anew, in words"
     panel, f = view.panel, view.model.forecaster
-    whole = f.pick(make_inputs(panel, **sources))
+    whole = f.pick(make_inputs(panel, None, f.first.engineer, **sources))
     differ = (whole.x != view.inputs.x) & ~(np.isnan(whole.x) & np.isnan(view.inputs.x))
     found = []
     if differ.any():
@@ -388,6 +388,7 @@ class Online:
         "Add what is new, where it is ordinary"
         view, step = self.view, self.model.timeframe
         if view is None or unread or not can_follow(view) or view.panel.time[-1] + step > now: return False
+        if sources.keys() != self.sources.keys(): return False
         rows = rows_of(bars, view.panel)
         if rows is None or not rows.early(now + skew).all(): return False
         whole, rows = rows.span >= self.model.need - 1, rows.pick(rows.early(now - step))

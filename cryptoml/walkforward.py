@@ -47,7 +47,7 @@ def spans(
     return [Fold(a, b) for a, b in zip(days, days[1:])]
 
 # %% ../nbs/47_walkforward.ipynb #4f9840a9
-SETTINGS = ('borrow', 'question', 'book', 'long_only')     # Options that are no source
+SETTINGS = ('borrow', 'question', 'book', 'long_only', 'features')     # Options that are no source
 BOOK = [f.name for f in fields(Book) if f.name not in ('time', 'data', 'unfunded')]
 
 def keep(evidence: Evidence, root):
@@ -190,7 +190,7 @@ def strange_bars(trained: Trained, study: Study, sources: dict) -> dict[str, flo
         'inputs times 100': share(own, sample, lambda x: 100 * x),
         'inputs permuted': share(own, sample, lambda x: rng.permuted(x, axis=1)),
     }
-    drawn = make_inputs(noisy(study.panel), **sources)
+    drawn = make_inputs(noisy(study.panel), engineer=model.first.engineer, **sources)
     first = sample[sample.coin == 0]
     return out | ({'a coin of noise': share(drawn, first)} if len(first) else {})
 

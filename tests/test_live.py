@@ -2,7 +2,8 @@
 
 `CRYPTOML_LIVE_BARS=1000` (`make faults`) follows a thousand bars, in place of some dozens.
 """
-import json, os, re, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+import json, os, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cryptoml.feeds import Feed
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.jobs import main
 from cryptoml.live import (CLOSE, Desk, Handler, Live, Paper, Server, Settings, differing, load_ai, parity,
-                           promises_beside, say)
+                           say)
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError, read_lines
 from replay_exchange import replaying
@@ -221,6 +222,26 @@ def test_page_is_one_closed_file(model, ai, tmp_path):
     assert not {k for k, v in tags.attributes} & {'src', 'href', 'onclick', 'onerror'}
     assert '&lt;script&gt;alert(1)' in text and 'prefers-color-scheme' in text and 'http-equiv="refresh"' in text
     assert 'url(' not in text and '@import' not in text
+
+def test_what_was_promised_goes_with_the_state(model, tmp_path):
+    "Copied elsewhere it is there; the page names what cannot be compared; an older state says that it has none"
+    ai = load_ai(shutil.copytree(model.state, tmp_path/'elsewhere'/'state'), 'FAIL')
+    terms = ai.live().terms
+    figures = {(r['target'], r['horizon'], r['metric']) for r in terms.promised_rows if 'by' not in r}
+    assert {('return', 24, 'coverage 90%'), ('direction', 4, 'ECE'), ('direction', 24, 'log-loss')} <= figures
+    days = len(terms.judged_days)
+    assert 20 <= days < 60
+    with replaying(model.bars, start=model.born + .5 * H) as exchange:
+        loop = looped(exchange, ai, tmp_path/'out', model)
+        loop.run(8)
+        said = (tmp_path/'out'/'status.html').read_text(encoding='utf-8')
+        loop.terms, loop.reported = replace(terms, promises={}), (None, None)
+        loop.run(1)
+        older = (tmp_path/'out'/'status.html').read_text(encoding='utf-8')
+    assert f'no dry spell can be told: {days} days of a judged book say little' in said
+    assert 'earlier version' not in said
+    for what in ('what validation promised', 'the days of the judged book'):
+        assert f'{what} is not in this state, which an earlier version saved' in older
 
 # ---- the commands, as processes
 
@@ -447,11 +468,3 @@ def test_other_machines_are_kept_out(model, host, capsys):
 def test_a_port_that_is_taken(model, server, capsys):
     assert main(['serve', '--state', str(model.state), '--port', str(server.server_address[1])]) == 2
     assert 'cannot listen' in capsys.readouterr().err
-
-def test_promises_beside_a_model(tmp_path):
-    "Where the model lies in the folder of its run, the page compares with what that run measured"
-    (tmp_path/'model').mkdir()
-    assert promises_beside(str(tmp_path/'model')) is None
-    for text, rows in (('{"rows": [{"value": 1}]}', [{'value': 1}]), ('{"rows"', None), ('[]', None)):
-        (tmp_path/'metrics.json').write_text(text)
-        assert promises_beside(str(tmp_path/'model')) == rows

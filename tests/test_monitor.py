@@ -370,11 +370,27 @@ def test_the_report_is_plain_and_says_what_is_wrong(journal, bars, panel, terms,
     assert json.loads(json.dumps(report, allow_nan=False))['model'] == 'w'
     assert any(a.startswith('drift: volatility is higher than was said, at 4 bars') for a in report['alarms'])
     assert any(a.startswith('dry spell:') for a in report['alarms']) and report['refit']['due']
-    assert report['missing'] == ['what validation promised (rows of metrics.json) is not given: '
-                                 'nothing is compared with them']
+    assert report['missing'] == ['what validation promised is not in this state, which an earlier version saved: '
+                                 'nothing is compared with it; train again']
     young = health_report(journal, None, terms, now=panel.time[24 * 22 + 12])         # nothing has matured
     assert young['figures'] == [] and young['alarms'] == [] and set(young['matured'].values()) <= {0, 6, 12}
     with pytest.raises(DataError, match='holds no decision yet'): health_report(Journal(tmp_path), bars, terms)
+
+def test_what_the_terms_promise_goes_with_them(journal, bars, terms):
+    "Everywhere and in a regime; and the days of the judged book, where they are enough"
+    figure = dict(target='return', horizon=4, metric='coverage 90%', n=900)
+    rows = [figure | dict(value=.87), figure | dict(value=.83, by='regime', part='RANGING')]
+    days = dict(day=list(range(100)), ret=[.011, .009] * 50, held=[True] * 100)
+    report = health_report(journal, bars, replace(terms, promises=dict(rows=rows, days=days)))
+    def promised(rows): return {r.get('part'): r['promised'] for r in rows if {**r, **figure, 'n': r['n']} == r}
+    assert promised(report['figures']) == {None: .87}
+    by = promised(report['by_regime'])
+    assert by.pop('RANGING', .83) == .83 and set(by.values()) <= {.87} and report['by_regime']
+    assert any(a.startswith('dry spell:') for a in report['alarms']) and report['missing'] == []
+    few = dict(rows=rows, days={k: v[:30] for k, v in days.items()})
+    short = health_report(journal, bars, replace(terms, promises=few))
+    assert short['missing'] == ['no dry spell can be told: 30 days of a judged book say little: give 60']
+    assert short['book']['beyond'] == []
 
 class Chat(BaseHTTPRequestHandler):
     code, said = 200, []

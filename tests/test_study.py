@@ -13,12 +13,24 @@ from cryptoml.ledger import Tried
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.study import Rival, Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible, trade
+from cryptoml.study import (OWN, Rival, Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible,
+                            promises_of, trade)
+from cryptoml.targets import REGIMES
 from cryptoml.verdict import gain_table
 
 SAVED = asdict(TERMS)
 
 # ---- terms
+
+PROMISES = dict(rows=[dict(target='return', metric='coverage 90%', horizon=4, value=.88, n=900)],
+                days=dict(day=[19000, 19001], ret=[.01, -.02], held=[True, False]))
+
+def test_terms_promise_what_they_say():
+    terms = Terms.read(dict(terms=SAVED | dict(promises=PROMISES)))
+    assert terms.promised_rows == PROMISES['rows'] and terms.judged_days.index.tolist() == [19000, 19001]
+    assert terms.judged_days.to_dict('list') == dict(ret=[.01, -.02], held=[True, False])
+    old = Terms.read(dict(terms={k: v for k, v in SAVED.items() if k != 'promises'}))
+    assert old.promised_rows is None and old.judged_days is None
 
 @pytest.mark.parametrize('terms', [
     pytest.param(json.loads(json.dumps(SAVED)), id='through JSON'),
@@ -56,6 +68,11 @@ def test_every_field_of_the_terms_has_a_rule():
     dict(sources='extra'),
     dict(absent=dict(SHIB='volume')),
     dict(data=[]),
+    dict(promises=dict(rows=[])),
+    dict(promises=PROMISES | dict(days=dict(day=[1], ret=[.1], held=[1]))),
+    dict(promises=PROMISES | dict(days=dict(day=[1, 2], ret=[.1], held=[True]))),
+    dict(promises=PROMISES | dict(days=dict(day=[1], ret=['much'], held=[True]))),
+    dict(promises=PROMISES | dict(rows=[dict(target='return', metric='ECE', horizon=4, value='none')])),
     dict(policy=asdict(Policy(max_weight=2.))),
     dict(policy=asdict(Policy(target_annual=3.))),
 ], ids=str)
@@ -94,6 +111,32 @@ def test_each_baseline_and_each_other_network_is_a_row(judged):
     gains = sum(len(c.forecasts) - 1 for c in test.comparisons if c.kind != 'interval')      # and one of correlations
     assert len(gain_table(rows)) == gains + 1 + len(test.books) - 1
     assert not test.absent
+
+def test_promises_are_the_figures_of_the_report_and_the_days_of_the_book(judged):
+    "And those of a regime are what its samples alone give, counted by hand"
+    study, f, _ = judged
+    test = evaluate(f, f, study)
+    promised = json.loads(json.dumps(promises_of(test), allow_nan=False))
+    def key(r): return r['target'], r['horizon'], r['metric']
+    said = {key(r): r['value'] for r in test.rows() if r['model'] == OWN and r['over'] is None}
+    mine = {key(r): r['value'] for r in promised['rows'] if 'by' not in r}
+    assert mine == pytest.approx({k: said[k] for k in mine})
+    assert {('direction', 4, 'ECE'), ('direction', 12, 'log-loss'), ('volatility', 4, 'QLIKE')} <= set(mine)
+    assert {('return', h, f'coverage {share:.0%}') for h in (4, 12) for share in f.bands.levels} <= set(mine)
+    day, ret = test.books[OWN].daily()
+    assert promised['days']['day'] == day.tolist() and promised['days']['ret'] == ret.tolist()
+    assert len(ret) > 30 and any(promised['days']['held'])
+    by_hand = 0
+    for r in promised['rows']:
+        if r.get('by') != 'regime' or r['metric'] != 'coverage 90%' or r['target'] != 'return': continue
+        j, where = test.horizons.index(r['horizon']), test.regime == REGIMES.index(r['part'])
+        y, ends = test.labels['return'][where, j], test.said[OWN]['return'][where, j]
+        k = f.bands.levels.index(.9)
+        there = np.isfinite(y) & np.isfinite(ends).all((1, 2))
+        inside = (y >= ends[:, k, 0]) & (y <= ends[:, k, 1])
+        assert (r['value'], r['n']) == (pytest.approx(inside[there].mean()), there.sum())
+        by_hand += 1
+    assert by_hand >= 2
 
 def test_another_network_changes_no_figure_of_the_others(judged):
     study, f, g = judged
