@@ -237,7 +237,6 @@ def pick_size(size: str, device) -> str:
     if size != 'auto': return size
     return 'base' if torch.device(pick_device(device)).type == 'cuda' else 'small'
 
-# %% ../nbs/36_forecaster.ipynb #cb427290
 INSTEAD = dict(   # What may be chosen instead of a size's own
     hidden=whole(1, 1024),
     heads=whole(1, 64),
@@ -246,6 +245,7 @@ INSTEAD = dict(   # What may be chosen instead of a size's own
     weight_decay=Rule('a number from 0', lambda x: is_number(x) and x >= 0),
 )
 
+# %% ../nbs/36_forecaster.ipynb #cb427290
 @dataclass(frozen=True)
 class ForecasterConfig:
     "What a person chooses about a forecaster"

@@ -33,7 +33,7 @@ from .policy import Policy, PolicyState
 from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
-from .state import StateError, discard, load, read_json, save, write_json
+from .state import StateError, discard, load, read_json, save, tidy, write_json
 from .study import Study, Terms, Trained, heads_of, train_and_judge, tuned
 from .targets import HORIZONS
 from .trainer import TrainerError, pick_device
@@ -260,8 +260,8 @@ def kept_decision(folder: Path, live: Snapshot) -> Decision | None:
 BARS = 'bars'
 
 def keep_bars(folder: Path, model: str, bars: pd.DataFrame | None):
-    "Write what a model was fed with"
-    if bars is None: return
+    "Write what a model was fed with; what a killed process left there goes, also where there is nothing to write"
+    if bars is None: return tidy(folder/BARS)
     numbers = [c for c in bars if c not in ('time', 'symbol')]
     code, names = pd.factorize(bars['symbol'])
     tensors = dict(time=pd.DatetimeIndex(bars['time']).as_unit('us').asi8, code=code.astype(np.int64))

@@ -18,7 +18,7 @@ import pandas as pd
 from .backtest import Account, Book, Costs
 from .calibration import tempered
 from .data import CANDLE, EXTRA, DataError, Panel, clean_each, to_panel, to_utc
-from .metrics import day_blocks, diebold_mariano, interval_mean
+from .metrics import diebold_mariano, interval_mean
 from .policy import Policy
 from .settings import log
 from .state import StateError, append_line, read_lines

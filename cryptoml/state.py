@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'ABANDONED', 'StateError', 'replace_file', 'write_json', 'read_json', 'lock', 'discard',
            'append_line', 'read_lines', 'append_chained', 'Chain', 'read_chained', 'ledger_file', 'generations', 'save',
-           'load', 'contents']
+           'tidy', 'load', 'contents']
 
 # %% ../nbs/03_state.ipynb #afdd9990
 import contextlib, errno, hashlib, json, math, os, re, shutil, stat, sys, time, warnings
@@ -607,6 +607,13 @@ def save(
         surplus = len(old) + 1 - max(1, keep)
         for p in old[:max(0, surplus)]: _remove(p)
     return new
+
+def tidy(
+    root,   # Folder of `save`
+):
+    "Remove what a killed `save` left, as the next one would"
+    if Path(root).is_dir():
+        with lock(root): _sweep(Path(root))
 
 # %% ../nbs/03_state.ipynb #11b9e8f2
 class _Schema(StateError): "A whole generation in a layout of another version"

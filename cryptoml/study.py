@@ -10,19 +10,18 @@ __all__ = ['SETTLED', 'LONGEST', 'MEMORY', 'AUDITED', 'Part', 'GUARDED', 'TAKEN'
            'Evidence', 'Test', 'Rival', 'check_names', 'in_table', 'of_the_past', 'followed', 'looked_at', 'evaluate',
            'days_of', 'promises_of', 'Terms', 'is_book', 'are_promises', 'possible', 'lacking', 'measure_terms',
            'recipe_of', 'record', 'heads_of', 'until_newest', 'Judged', 'judge', 'Trained', 'train_and_judge',
-           'network_space', 'as_it_is', 'cut_off', 'InnerFolds', 'tune_objective', 'tuned']
+           'network_space', 'as_it_is', 'cut_off', 'silent', 'InnerFolds', 'tune_objective', 'tuned']
 
 # %% ../nbs/42_study.ipynb #da9b4024
-import hashlib, json, math, tempfile, threading
+import hashlib, json, logging, math, tempfile, threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from .audit import audit
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
 from .baselines import PAST, book_scores
 from .boosting import why_no_trees
@@ -45,7 +44,8 @@ from .state import StateError, contents
 from .targets import (HORIZONS, LARGEST, REGIMES, Targets, make_targets, market_centre, pair_window, pegged,
                               realised_correlation, trailing_beta)
 from .trainer import TrainConfig, TrainerError
-from .tune import HyperparameterOptimizer, Interrupted, Space
+from .tune import (CategoricalDistribution, FloatDistribution, HyperparameterOptimizer, IntDistribution,
+                           Interrupted, Space)
 from .verdict import (OWN, Comparison, Verdict, book_rows, comparisons, joint_level, number_rows, row, scored,
                               split_rows, verdict)
 from .windows import Samples
@@ -136,11 +136,12 @@ def examine_own(names: tuple[str, ...], panel: Panel):
     coins, bars = AUDITED
     some = panel.only(panel.symbols[:coins])
     frame = some.frame()
-    found = audit(list(names), frame[frame['time'].isin(some.time[-bars:])], panel.timeframe)
-    bad = found.table[found.table['verdict'] == 'FAIL']
-    for row in bad[bad['check'] == 'warm-up'].to_dict('records'): log.warning(f'{row["feature"]}: {row["words"]}')
-    looks = bad[bad['check'] != 'warm-up'].drop_duplicates('feature')
-    said = [f'{row["feature"]}: {row["words"]} ({row["check"]})' for row in looks.to_dict('records')]
+    table = audit(list(names), frame[frame['time'].isin(some.time[-bars:])], panel.timeframe).table
+    bad = table[table['verdict'] == 'FAIL']
+    late = bad['check'] == 'warm-up'                                        # later than it says: no look ahead
+    for one in bad[late].to_dict('records'): log.warning('{feature}: {words}'.format(**one))
+    looks = bad[~late].drop_duplicates('feature')
+    said = ['{feature}: {words} ({check})'.format(**one) for one in looks.to_dict('records')]
     if said: raise DataError(f'features of your own are not fit to be trained with: {"; ".join(said)}')
 
 # %% ../nbs/42_study.ipynb #3f48e42a
@@ -863,6 +864,15 @@ def cut_off(panel: Panel, stop: int) -> Panel:
     "Its bars before one"
     return replace(panel, time=panel.time[:stop], values=panel.values[:, :stop], mask=panel.mask[:, :stop])
 
+@contextmanager
+def silent():
+    "This thread tells warnings alone: nobody reads the epochs of a hundred trainings"
+    me = threading.get_ident()
+    def may(record): return record.thread != me or record.levelno >= logging.WARNING
+    log.addFilter(may)
+    try: yield
+    finally: log.removeFilter(may)
+
 # %% ../nbs/42_study.ipynb #f0462266
 @dataclass(frozen=True)
 class InnerFolds:
@@ -883,7 +893,8 @@ class InnerFolds:
 
     def of_fold(self, config: ForecasterConfig, parts: dict[str, np.ndarray]) -> float:
         with tempfile.TemporaryDirectory() as out:
-            try: f, _ = train(self.inputs, self.targets, parts, config, out, self.device, self.stop)
+            try:
+                with silent(): f, _ = train(self.inputs, self.targets, parts, config, out, self.device, self.stop)
             except TrainerError as e:
                 if self.stop is not None and self.stop.is_set(): raise Interrupted(str(e)) from e
                 raise

@@ -8,7 +8,7 @@ __all__ = ['SPACE', 'SILENT', 'ROOT', 'WORKER', 'REASON', 'TRIES', 'ABOUT', 'HOP
            'by_root', 'is_lost', 'begin_lost_again', 'sampler_of', 'begun', 'trial_table', 'Best', 'plot_history',
            'plot_importance', 'HyperparameterOptimizer']
 
-# %% ../nbs/31_tune.ipynb #2645e980
+# %% ../nbs/31_tune.ipynb #ec7a3b9c
 import contextlib, hashlib, importlib, json, math, multiprocessing, os, pickle, sys, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import optuna
 import pandas as pd
+
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='IProgress not found')   # tqdm says so of a notebook
+    import optuna
 from optuna.distributions import (
     BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json)
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
@@ -502,6 +505,9 @@ class HyperparameterOptimizer:
         with contextlib.suppress(UpdateFinishedTrialError):
             if reason: trial.set_user_attr(REASON, reason)
             self.study.tell(trial, value, state, skip_if_finished=True)
+        over = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        word = 'stopped early' if state == TrialState.PRUNED else 'failed' if reason else f'worth {value:.4g}'
+        log.info('%s: a trial %s, %d of %d have a value', self.name, word, len(over), self.trials)
 
     def _run(self, trial: optuna.Trial, objective):
         report = _Report(trial)

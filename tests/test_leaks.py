@@ -123,7 +123,7 @@ class Walk(NamedTuple):
     study: Study
     trained: Trained
 
-def unfitted(f, epoch, validate, settings, out, device):
+def unfitted(f, w, epoch, validate, settings, out, device):
     "A training without an epoch: everything but the steps of the optimiser"
     loss = np.nan if validate is None else validate(f.network)['loss']
     return pd.DataFrame(dict(epoch=[1], valid_loss=[loss], lr=[3e-3]))

@@ -131,7 +131,6 @@ def test_a_restart_goes_on_from_the_folder(world, exchange, born, tmp_path):
     for k in range(5): assert same(other.again(born + k * H), said[k])
     both = r.at(born + 5 * H), other.at(born + 5 * H)
     assert same(*both)
-    pages = [k for k in exchange.calls if 'fundingRate' in k or 'asset' in k]
     for name, key in dict(onchain='btc', funding='BTC/USDT', extra='BTC/USDT').items():
         assert other.sources.came[name].since(born, {key}) > born - pd.Timedelta('6D')
     (tmp_path/'funding.jsonl').write_text('{"rows": 3}\n')

@@ -16,7 +16,7 @@ from cryptoml.state import read_json
 from cryptoml.study import Study, as_it_is, network_space, recipe_of, tune_objective, tuned
 from cryptoml.tune import HyperparameterOptimizer, Interrupted
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'ledger')   # its trials count for whatever days: they are its own
 HORIZONS = (4, 12)
 CONFIG = ForecasterConfig(HORIZONS, epochs=1, every=24)
 NETWORK = network_space(CONFIG)
