@@ -232,15 +232,14 @@ class NetworkStream:
     ):
         self.network = network
         self.static = static
-        self.pairs = pairs
         self.newest = None   # [N, 1, n_past]
         self.tft = TFTStream(network.bodies['tft'], static)
         with torch.inference_mode(): self.graph = network.graph and merge_graph(network.graph, pairs)
-        self.weights = Weights(network)
+        self.merged = network.graph and Weights(network.graph)      # the Transformer's own stream looks at its weights
 
     def update(self, bars: Tensor):   # [N, t, n_past], oldest first
         "Take new bars in"
-        self.weights.check()
+        if self.merged: self.merged.check()
         self.tft.update(bars)
         self.newest = bars[:, -1:]
 

@@ -130,3 +130,13 @@ def test_network_stream_equals_the_whole(name, N=4, bars=20):
         said = stream.forecast(future, trailing, present)
         assert said.keys() == want.keys()
         assert gap(said.values(), want.values()) < 1e-12
+
+
+@pytest.mark.parametrize('part', ['graph', 'bodies.tft'])
+def test_a_network_stream_sees_that_what_it_merged_has_changed(part):
+    c = NetworkConfig(n_past=7, n_future=5, n_static=3, n_pair=2, horizons=(2, 4), lookback=6, d_model=8, n_heads=2)
+    net, r = Network(c).double().eval(), draws()
+    stream = NetworkStream(net, r(4, c.n_static), r(4, 4, c.n_pair))
+    stream.update(r(4, 6, c.n_past))
+    with torch.no_grad(): next(net.get_submodule(part).parameters()).add_(1)
+    with pytest.raises(ValueError, match='weights have changed'): stream.update(r(4, 1, c.n_past))
