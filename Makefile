@@ -24,13 +24,13 @@ test: .venv/.ready
 	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 2 --dist loadfile --no-loadscope-reorder)
 
 # A thousand bars of the loop on paper, on an exchange that fails in every way we know; two hundred kills of save, train
-# and live; what ten thousand predictions and fifty refits leave behind.
+# and live; what ten thousand predictions, fifty refits and fifty adaptations leave behind.
 faults: export OMP_NUM_THREADS ?= 1
 faults: export CRYPTOML_LIVE_BARS ?= 1000
 faults: export CRYPTOML_KILLS ?= 200
 faults: export CRYPTOML_SLOPES ?= 10000
 faults: .venv/.ready
-	@$(BIN)/python -m pytest -q -s tests/test_live.py tests/test_faults.py -k "faults_of or killed_while or nothing_behind"
+	@$(BIN)/python -m pytest -q -s tests/test_live.py tests/test_faults.py tests/test_adapt.py -k "faults_of or killed_while or nothing_behind"
 
 # A real freqtrade on a replay exchange of this machine, some twenty minutes, in an environment of its own.
 bots: export OMP_NUM_THREADS ?= 1

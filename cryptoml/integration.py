@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from . import __version__
+from .adapt import JUDGED, WAYS, Adapted, adapt, material
 from .backtest import BORROW, ROUND_TRIP
 from .data import DataError, normalise_symbol, parse_timeframe, read_panel, to_utc
 from .combined import Combined, load_combined, save_combined
@@ -33,7 +34,7 @@ from .policy import Policy, PolicyState
 from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
-from .state import StateError, discard, load, read_json, save, tidy, write_json
+from .state import StateError, append_line, discard, load, read_json, save, tidy, write_json
 from .study import Study, Terms, Trained, heads_of, train_and_judge, tuned
 from .targets import HORIZONS
 from .trainer import TrainerError, pick_device
@@ -376,9 +377,19 @@ class AsyncTwins:
         "As `predict_sync`, in a thread"
         return await asyncio.to_thread(self.predict_sync, current_data, symbol, now, extra, **sources)
 
-    async def adapt_to_new_regime(self, recent_data):
-        "Not part of this version yet"
-        return self.adapt_sync(recent_data)
+    async def adapt_to_new_regime(self,
+        recent_data,                 # What the model was trained on, and the bars that came since
+        extra=None,                  # Your own columns, if trained with them
+        ways: tuple = tuple(WAYS),   # Names in `adapt.WAYS`
+        judge: str = JUDGED,         # Span of the newest known outcomes that judge
+        **sources,                   # As in training
+    ) -> dict:                       # As `adapt_sync` gives it
+        "As `adapt_sync`, in a thread; when cancelled it stops after its batch"
+        stop = threading.Event()
+        try: return await asyncio.to_thread(self.adapt_sync, recent_data, extra, ways, judge, stop, **sources)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
 
 # %% ../nbs/52_integration.ipynb #aa1ade52
 class UltimateTradingAI(AsyncTwins):
@@ -464,6 +475,14 @@ class UltimateTradingAI(AsyncTwins):
         self._online, self._guests = new, None
         return new
 
+    @contextlib.contextmanager
+    def _alone(self):
+        "One training of this object at a time"
+        if not self._training.acquire(blocking=False):
+            raise StateError('this object is training already: wait for it, or use another one')
+        try: yield
+        finally: self._training.release()
+
     @own_settings()
     def train_sync(self,
         data,                                # Bars: path, frame, dict from symbol to frame; see `read_bars`
@@ -475,9 +494,7 @@ class UltimateTradingAI(AsyncTwins):
         **sources,                           # onchain, orderbook, trades, cross_exchange, funding, sentiment
     ) -> dict:                               # epochs, best_epoch, verdict, rows, threshold, data, left_out, unfunded
         "Train a new model and make it the live one; DataError for data that cannot be trained on"
-        if not self._training.acquire(blocking=False):
-            raise StateError('this object is training already: wait for it, or use another one')
-        try:
+        with self._alone():
             c = self.config
             panel, report = read_panel(data, symbols, timeframe=c.timeframe, now=clock(None), resample=c.resample)
             known = report.digest, c.borrow, c.question, report.refused
@@ -492,7 +509,6 @@ class UltimateTradingAI(AsyncTwins):
             heads = heads_of(c.state_dir)
             if self.snapshot is not None: heads.append(self.snapshot.terms.trials['head'])
             trained = train_and_judge(study, settings, folder, self.device, stop, heads, fresh=c.fresh)
-        finally: self._training.release()
         if stop is not None and stop.is_set():
             raise TrainerError('training was stopped at its end: the model stays the one it was')
         self.snapshot, self._checkpoints = Snapshot(trained.model, trained.terms), folder
@@ -648,10 +664,38 @@ class UltimateTradingAI(AsyncTwins):
         self._decided = kept_decision(home, live)
         self.snapshot = live
 
-    def adapt_sync(self, recent_data):
-        "Not part of this version yet"
-        raise NotImplementedError('adapt_to_new_regime is not part of this version yet: '
-                                  'train again on data that end later')
+    @own_settings()
+    def adapt_sync(self,
+        recent_data,                 # What the model was trained on, and the bars that came since, as in `train_sync`
+        extra=None,                  # Your own columns, if trained with them
+        ways: tuple = tuple(WAYS),   # Names in `adapt.WAYS`; without 'everything' it takes seconds
+        judge: str = JUDGED,         # Span of the newest known outcomes that judge
+        stop: threading.Event | None = None,   # Once set, training gives up after its batch
+        **sources,                   # As in training
+    ) -> dict:                       # accepted, reason, judged, cases
+        "Newer weights go live if they are better on outcomes that nobody had seen; else the live model stays"
+        if lost := sorted(set(ways) - set(WAYS)): raise ValueError(f'no way {lost[0]}: there are {", ".join(WAYS)}')
+        with self._alone():
+            s, c = self.live(), self.config
+            how = dict(timeframe=s.timeframe, now=clock(None), resample=c.resample)
+            panel, report = read_panel(recent_data, s.coins, **how)
+            m = material(s.forecaster, replace(s.terms, symbols=s.coins), panel, extra, judge, **sources)
+            folder = Path(c.state_dir)/'adapting'/hashlib.sha256(f'{s.name} {report.digest}'.encode()).hexdigest()[:16]
+            some = {name: WAYS[name] for name in ways}
+            about = dict(fresh=c.fresh, question=c.question, digest=report.digest)
+            found = adapt(s.forecaster, s.terms, m, folder, some, stop=stop, **about)
+            discard(folder, 'TRAINING')
+            return self._after(s, found)
+
+    def _after(self, s: Snapshot, found: Adapted) -> dict:
+        "The winner goes live, and what happened is written down; StateError where another model went live meanwhile"
+        if self.snapshot is not s:
+            raise StateError('another model went live while this one was adapted: adapt that one')
+        if found.accepted: self.snapshot = Snapshot(found.model, found.terms, s.removed)
+        told = dict(accepted=found.accepted, reason=found.reason, judged=found.judged,
+                    cases=found.table().reset_index().to_dict('records'))
+        append_line(Path(self.config.state_dir)/'adapted.jsonl', dict(now=clock(None), model=s.name) | told)
+        return told
 
 # %% ../nbs/52_integration.ipynb #3d7ffbf8
 def settings_of(config: dict | None) -> dict:

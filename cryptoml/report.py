@@ -11,7 +11,7 @@ import base64, html, io
 import numpy as np
 import pandas as pd
 from .metrics import accuracy_at_coverage, reliability
-from .verdict import OWN, Verdict
+from .verdict import OWN
 
 # %% ../nbs/43_report.ipynb #99a88ca1
 def calibration_plot(
@@ -126,7 +126,7 @@ PAGE = """<!doctype html>
 
 def report_html(
     title: str,                    # Page title
-    v: Verdict,                    # The verdict, shown first
+    v,                             # Shown first: the `Verdict`, or what else has a word and a sentence for its text
     sections: list[tuple[str, str]],   # Heading and HTML of each section
 ) -> str:                          # One page of HTML
     "A self-contained report"

@@ -620,6 +620,7 @@ class Terms:
     left_out: dict = field(default_factory=dict) # Symbol of its data that is no coin of it, to the reason
     data: dict = field(default_factory=dict)     # Digest, span and symbols of its data
     promises: dict = field(default_factory=dict) # As `promises_of` gives them; empty in a state of an earlier version
+    rates: list = field(default_factory=list)    # Learning rates of each network, one an epoch; empty likewise
 
     @property
     def declared(self) -> Declared:
@@ -691,6 +692,7 @@ def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one
         left_out=isinstance(t.left_out, dict),
         data=isinstance(t.data, dict),
         promises=isinstance(t.promises, dict) and are_promises(t.promises),
+        rates=isinstance(t.rates, list) and all(r and all(is_number(x) and x > 0 for x in r) for r in t.rates),
         policy=all(map(is_number, floats)) and bounded and (policy.neutral != 'none') == book.neutral
                and policy.long_only == book.long_only,
     )
@@ -823,11 +825,12 @@ def train_and_judge(
     model = again(study.until('gate'), study.parts['gate'], 'judged', everyone=True)
     with step('the test'): judged = judge(found.model, model, study, others, most, heads, found.absent)
     log.info(judged.verdict)
-    if not fresh: return Trained(replace(model, bands=judged.test.before), judged.terms, found, judged)
+    terms = replace(judged.terms, rates=[list(rates) for rates in found.rates])
+    if not fresh: return Trained(replace(model, bands=judged.test.before), terms, found, judged)
     log.info('once more, to the newest bar')
     everything = np.ones(len(study.panel.time), bool)
     shipped = again(everything, study.parts['test'], 'shipped')
-    return Trained(replace(shipped, bands=judged.test.after), until_newest(judged.terms, study), found, judged)
+    return Trained(replace(shipped, bands=judged.test.after), until_newest(terms, study), found, judged)
 
 # %% ../nbs/42_study.ipynb #100b8717
 def network_space(config: ForecasterConfig) -> Space:

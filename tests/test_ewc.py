@@ -1,4 +1,5 @@
 "Continual learning: the Fisher information in every way, the springs against Bayes, memory, guard, state"
+import gc
 import importlib.util
 import math
 import re
@@ -10,6 +11,8 @@ import pytest
 import torch
 from scipy.stats import chi2
 from torch import nn
+
+from conftest import resident
 
 from cryptoml import ewc
 from cryptoml.ewc import (Anchor, ContinualError, ContinualLearner, Reservoir, Rows, bernoulli, categorical, evaluating,
@@ -363,6 +366,21 @@ def learnt():
     x = torch.randn(400, 3)
     learner.consolidate([(x, x.sum(1))])
     return learner
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads its size from /proc')
+def test_updating_many_times(learnt):
+    "Suite 10: memory does not grow with updates, accepted or refused; anchors are as many as before"
+    def updates(n):
+        for i in range(n):
+            x, y = torch.randn(40, 3), torch.randn(40, 3)
+            learnt.update((x, x.sum(1) + i % 2), (y, y.sum(1) + i % 2), steps=3)
+        gc.collect()
+        return resident()
+    before = updates(60)
+    grown = updates(300) - before
+    assert grown < 2 << 20 and len(learnt.anchors) == 1
+    assert (len(learnt.replay), len(learnt.held)) <= (1000, 250)
 
 
 def state_of(learner):
