@@ -16,12 +16,12 @@ demo: .venv/.ready
 	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
 
 # First what can be seen without running anything (ruff.toml says what counts as a mistake).
-# Then two workers (pytest-xdist) of one thread each: most tests wait for processes of their own.
+# Then three workers (pytest-xdist) of one thread each, more than two cores: tests wait, for processes, sleeps and disks.
 # ARGS="tests/test_tft.py -k stream" runs some tests, in one.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
 	@$(if $(ARGS),,$(BIN)/ruff check --no-cache --quiet)
-	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 2 --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 3 --dist loadfile --no-loadscope-reorder)
 
 # A thousand bars of the loop on paper, on an exchange that fails in every way we know; two hundred kills of save, train
 # and live; what ten thousand predictions, fifty refits and fifty adaptations leave behind.

@@ -54,13 +54,24 @@ def resident():
 
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+PAGE = '::test_notebook['   # Of a test that runs a page, which has no fixture to share
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file stays with one worker, which makes its fixtures once; each page goes to whichever is free"
+    if config.getoption('dist') != 'loadfile': return None
+    from xdist.scheduler import LoadFileScheduling
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid): return nodeid if PAGE in nodeid else super()._split_scope(nodeid)
+    return Files(config, log)
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'bots: a real freqtrade runs, for minutes: make bots')
 
 def pytest_collection_modifyitems(config, items):
-    "The longest files first, so that two workers end together; real bots only where they are asked for"
-    longest = ('test_train_job.py', 'test_notebooks.py')
-    items.sort(key=lambda item: item.path.name not in longest)
+    "The longest file first and the pages last, so that workers end together; real bots only where they are asked for"
+    def turn(item): return (item.path.name != 'test_train_job.py') + (PAGE in item.nodeid)
+    items.sort(key=turn)
     if 'bots' in config.option.markexpr: return
     for item in items:
         if item.get_closest_marker('bots'): item.add_marker(pytest.mark.skip(reason='real bots: make bots runs them'))

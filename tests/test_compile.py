@@ -27,6 +27,8 @@ print(e.run(np.full((4, 9), 5.), np.arange(4))[:, -1].tolist(), len(e.plain), co
 '''
 
 
+HANGS = 600   # Seconds after which something hangs: never a measure of speed
+
 def begin(tmp_path, script, name):
     "Start a script with a cache folder of its own"
     path = tmp_path / f'{name}.py'
@@ -37,7 +39,8 @@ def begin(tmp_path, script, name):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    try: out, err = process.communicate(timeout=HANGS)
+    finally: process.kill()
     assert process.returncode == 0, err
     return out, err
 

@@ -171,16 +171,18 @@ def test_saving_leaves_a_training_of_another_process_alone(bars, tmp_path):
     "The same call, so the same folder of checkpoints: it is there as long as its owner lives, and then it goes"
     ai, _ = trained(bars, tmp_path, fresh=False)
     folder, = (tmp_path/'training').iterdir()
-    go = tmp_path/'go'
+    go, saved = tmp_path/'go', tmp_path/'saved'
     def other():
         with lock(folder, name='TRAINING'):
             go.touch()
-            time.sleep(1.5)
+            while not saved.exists(): time.sleep(.01)
             return 0 if (folder/'checkpoint'/'CURRENT').exists() else 1
     pid = forked(other)
     while not go.exists(): time.sleep(.01)
-    ai.save_state()
-    assert folder.exists()
+    try:
+        ai.save_state()
+        assert folder.exists()
+    finally: saved.touch()
     assert ended(pid) == 0
     again, _ = trained(bars, tmp_path, fresh=False)
     again.save_state()

@@ -26,7 +26,7 @@ from replay_exchange import FAULTS, replaying
 
 H = pd.Timedelta('1h')
 COINS = ['BTC/USDT', 'ETH/USDT', 'XRP/USDT']
-LONG = 60     # Seconds after which something hangs: never a measure of speed
+LONG = 300     # Seconds after which something hangs: never a measure of speed
 
 def market_of(n):
     "Bars of our three coins"

@@ -30,6 +30,7 @@ HISTORY = 3700
 H = pd.Timedelta('1h')
 LEAST = .4
 TOKEN = 'a token of the tests'
+HANGS = 600   # Seconds after which something hangs: never a measure of speed
 FAULTS = dict(http500=.03, http429=.02, timeout=.005, malformed=.03, missing=.002, duplicate=.003, hole=.01, ooo=.02,
               stale=.02)
 
@@ -247,7 +248,7 @@ def test_what_was_promised_goes_with_the_state(model, tmp_path):
 
 def cryptoml_command(*argv, **env):
     return subprocess.run([sys.executable, '-m', 'cryptoml.jobs', *map(str, argv)], capture_output=True, text=True,
-                          env=os.environ | env, timeout=300)
+                          env=os.environ | env, timeout=HANGS)
 
 def test_predict_command(model, tmp_path):
     now = model.born + 5 * H
@@ -342,7 +343,7 @@ def ask(server, content=b'', path='/predict', method='POST', **headers):
     headers = {'Authorization': f'Bearer {TOKEN}'} | {k.replace('_', '-'): v for k, v in headers.items()}
     request = urllib.request.Request(place, body, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as r: return r.status, json.load(r)
+        with urllib.request.urlopen(request, timeout=HANGS) as r: return r.status, json.load(r)
     except urllib.error.HTTPError as e: return e.code, json.load(e)
 
 def rows(bars):
@@ -410,7 +411,7 @@ def test_other_paths_and_methods(server):
     assert ask(server, {}, method='GET')[0] == 405
     assert ask(server, {}, method='PUT')[0] == 501
 
-def raw(server, text, wait=5.):
+def raw(server, text, wait=HANGS):
     with socket.create_connection(server.server_address, timeout=wait) as s:
         s.sendall(text)
         parts = []
@@ -424,7 +425,7 @@ def test_a_body_has_bounds(server):
         assert b' 411 ' in raw(server, head + length + b'\r\n')
 
 def test_who_says_nothing_is_let_go(server, monkeypatch):
-    monkeypatch.setattr(Handler, 'timeout', .2)
+    monkeypatch.setattr(Handler, 'timeout', 1.)           # who means it has said all by then
     assert raw(server, b'POST /predict HTTP/1.1\r\n') == b''
     head = f'POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n'.encode()
     assert raw(server, head + b'Content-Length: 100\r\n\r\n{') == b''
@@ -456,7 +457,7 @@ def test_serve_command(model):
             class There: server_address = '127.0.0.1', int(place[1])
             assert ask(There, {})[0] == 200
             p.send_signal(signal.SIGINT)
-            out, err = p.communicate(timeout=60)
+            out, err = p.communicate(timeout=HANGS)
         finally: p.kill()
     assert TOKEN not in out + err and 'Traceback' not in err and p.returncode == 130
 

@@ -13,7 +13,8 @@ guide = sorted((nbs/'guide').glob('*.ipynb'))        # pages without a module
 everything = notebooks + guide + sorted((nbs/'jobs').glob('*.ipynb'))
 
 skipped = ['slow', 'gpu'] if 'CRYPTOML_DATA' in os.environ else ['slow', 'gpu', 'data']
-preloaded = ['torch', 'numba', 'pandas', 'scipy.stats', 'matplotlib.pyplot', 'nbdev.test', 'fastcore.test']
+preloaded = ['torch', 'torch._dynamo', 'numba', 'pandas', 'scipy.stats', 'matplotlib.pyplot', 'lightgbm', 'nbdev.test',
+             'fastcore.test']
 ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(root/'settings.ini', encoding='utf-8')
 

@@ -157,8 +157,9 @@ def deadly(rank, out, victim, signal_=signal.SIGKILL, at=13, **kw):     # in the
 
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_the_other_and_the_training_goes_on(tmp_path, one_thread, victim):
+    "By the death that it notices, and not by its limit, which is three times as long as we wait"
     ranks(2, lambda r: deadly(r, tmp_path/'through', None), tmp_path)
-    codes = ended(start(2, lambda r: deadly(r, tmp_path/'cut', victim), tmp_path), within=30)   # far below its limit
+    codes = ended(start(2, lambda r: deadly(r, tmp_path/'cut', victim, timeout=900), tmp_path), within=300)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 0
     said = json.loads((tmp_path/f'told{1 - victim}').read_text())['error']
     assert f'process {1 - victim} of 2 lost the others' in said

@@ -142,14 +142,14 @@ def test_every_training_is_a_trial(bars, tmp_path, monkeypatch):
     def facade(seed):
         line = [sys.executable, '-c', FACADE, str(bars), str(tmp_path/f'state{seed}'), str(seed)]
         return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    beside = [facade(seed) for seed in (0, 1, 2)]
-    assert sorted(int(p.communicate(timeout=HANGS)[0].split()[-1]) for p in beside)[-1] == 3
+    beside = [facade(seed) for seed in (0, 1)]
+    assert max(int(p.communicate(timeout=HANGS)[0].split()[-1]) for p in beside) == 2
     p = dict(data=bars, epochs=1, horizons='4,12', threads=1, fresh=False)
     assert run(tmp_path/'again', **p, seed=0, compare='').returncode == 0          # the facade has done this one
     assert run(tmp_path/'beside', **p, seed=3, compare='lstm').returncode == 0     # and two more
-    assert [metrics_of(tmp_path/k)['verdict']['trials'] for k in ('again', 'beside')] == [3, 5]
+    assert [metrics_of(tmp_path/k)['verdict']['trials'] for k in ('again', 'beside')] == [2, 4]
     ledger = read_ledger(tmp_path/'ledger.jsonl')
-    assert not ledger.faults and len(ledger.trials) == 6
+    assert not ledger.faults and len(ledger.trials) == 5
     told = subprocess.run([sys.executable, '-m', 'cryptoml.jobs', 'trials'], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0 and str(tmp_path/'ledger.jsonl') in told.stdout
 
