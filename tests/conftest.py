@@ -54,6 +54,9 @@ def resident():
 
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+ASKED = dict(bots='a real freqtrade runs, for minutes: make bots',
+             cluster='a Ray cluster of two nodes, for minutes: make cluster')
+
 PAGE = '::test_notebook['   # Of a test that runs a page, which has no fixture to share
 
 @pytest.hookimpl(optionalhook=True)
@@ -66,12 +69,13 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'bots: a real freqtrade runs, for minutes: make bots')
+    for name, what in ASKED.items(): config.addinivalue_line('markers', f'{name}: {what}')
 
 def pytest_collection_modifyitems(config, items):
-    "The longest file first and the pages last, so that workers end together; real bots only where they are asked for"
+    "The longest file first, the pages last, so that workers end together; what needs more than Python only if asked"
     def turn(item): return (item.path.name != 'test_train_job.py') + (PAGE in item.nodeid)
     items.sort(key=turn)
-    if 'bots' in config.option.markexpr: return
-    for item in items:
-        if item.get_closest_marker('bots'): item.add_marker(pytest.mark.skip(reason='real bots: make bots runs them'))
+    for name, what in ASKED.items():
+        if name in config.option.markexpr: continue
+        for item in items:
+            if item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=what))

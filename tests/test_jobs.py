@@ -277,7 +277,7 @@ def test_two_commands_on_one_folder(walk):
     try:
         wait_for_steps(p, out, 2)
         second = command(*args)
-        assert second.returncode == 2 and second.stderr.count('\n') == 1
+        assert second.returncode == jobs.BUSY and second.stderr.count('\n') == 1
         assert f'in use by process {p.pid}' in second.stderr
         assert steps_of(out) == [0, 1]
     finally:
