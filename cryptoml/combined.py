@@ -6,8 +6,8 @@
 __all__ = ['ALIKE', 'PRIOR', 'decisions', 'seen', 'seen_now', 'kinds', 'labels_of', 'mean_of_quantiles', 'together', 'averaged',
            'with_spread', 'spoken_by', 'left_over', 'half_equal', 'temperature_of', 'Blend', 'Combined', 'look_of',
            'familiar_of', 'untaught', 'step', 'Found', 'folder_of', 'check_stop', 'overlaps', 'heard', 'both', 'weigh',
-           'find', 'helping', 'refit', 'blend_arrays', 'blend_of', 'familiar_from', 'save_combined', 'rehearse',
-           'combine', 'load_combined']
+           'first_networks', 'networks_again', 'find', 'helping', 'refit', 'blend_arrays', 'blend_of', 'familiar_from',
+           'save_combined', 'rehearse', 'combine', 'load_combined']
 
 # %% ../nbs/37_combined.ipynb #0d7ff174
 import contextlib, threading, time
@@ -350,6 +350,37 @@ def weigh(
     return Combined(networks, members, first, usual, untaught(f.config.horizons, inputs.panel)), blend, absent
 
 # %% ../nbs/37_combined.ipynb #49a21a46
+def first_networks(
+    inputs: Inputs,
+    targets: Targets,
+    parts: dict[str, np.ndarray],    # 'train' and 'valid' bars [T], bool
+    config: ForecasterConfig,
+    out,                             # Folder of checkpoints and histories; an interrupted run in it goes on
+    device: str = 'auto',
+    stop: threading.Event | None = None,   # Once set, training gives up after its batch
+) -> tuple[list[Forecaster], list[pd.DataFrame]]:   # And their histories
+    "The networks of an ensemble, fitted to training and stopped by validation"
+    own = [replace(config, seed=config.seed + k) for k in range(config.networks)]
+    trained = [train(inputs, targets, parts, c, folder_of(out, k), device, stop) for k, c in enumerate(own)]
+    networks, histories = map(list, zip(*trained))
+    return networks, histories
+
+def networks_again(
+    networks: list[Forecaster],            # As they were found
+    rates: list[tuple[float, ...]],        # Of each, one an epoch
+    inputs: Inputs,
+    targets: Targets,
+    rows: np.ndarray,                      # Bars to fit to [T], bool
+    out,                                   # Folder of checkpoints, another one
+    device: str = 'auto',
+    stop: threading.Event | None = None,
+) -> list[Forecaster]:
+    "The same networks, fitted to other bars"
+    inputs = networks[0].pick(inputs)
+    return [train_again(inputs, targets, rows, f.config, r, folder_of(out, k), device, stop)
+            for k, (f, r) in enumerate(zip(networks, rates))]
+
+# %% ../nbs/37_combined.ipynb #72221ccf
 def find(
     inputs: Inputs,
     targets: Targets,
@@ -360,9 +391,7 @@ def find(
     stop: threading.Event | None = None,   # Once set, training gives up after its batch
 ) -> Found:
     "Fit every member to training, stop by validation, and weigh"
-    own = [replace(config, seed=config.seed + k) for k in range(config.networks)]
-    trained = [train(inputs, targets, parts, c, folder_of(out, k), device, stop) for k, c in enumerate(own)]
-    networks, histories = map(list, zip(*trained))
+    networks, histories = first_networks(inputs, targets, parts, config, out, device, stop)
     return Found(*weigh(networks, inputs, targets, parts, stop), [best_rates(h) for h in histories], histories)
 
 # %% ../nbs/37_combined.ipynb #676d2ea1
@@ -386,8 +415,7 @@ def refit(
 ) -> Combined:
     "The recipe that was found, fitted to other bars"
     inputs, blend = found.model.pick(inputs), found.blend if everyone else helping(found.blend)
-    networks = [train_again(inputs, targets, rows, f.config, rates, folder_of(out, k), device, stop)
-                for k, (f, rates) in enumerate(zip(found.model.networks, found.rates))]
+    networks = networks_again(found.model.networks, found.rates, inputs, targets, rows, out, device, stop)
     f = networks[0]
     at, usual = (decisions(f, inputs, part) for part in (rows, rows & ~newest))
     left = {m for ws in blend.shares.weights.values() for m in ws}

@@ -188,4 +188,5 @@ class MultiTaskLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # Scalar to minimise; mean loss by task, that of `size` is minus utility
         losses, shares = multi_task_losses(outputs, targets, self.quantiles)
         size = -utility(outputs['size'], targets['scaled'], targets['cost'], self.risk)
-        return self.weighting(losses, shares) + self.size_weight * size, losses | dict(size=size)
+        share = targets['scaled'].isfinite().float().mean()
+        return self.weighting(losses, shares) + self.size_weight * share * size, losses | dict(size=size)

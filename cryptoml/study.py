@@ -9,8 +9,9 @@ __all__ = ['SETTLED', 'LONGEST', 'MEMORY', 'AUDITED', 'Part', 'GUARDED', 'TAKEN'
            'measure_gate', 'guarded', 'learning_intervals', 'in_other_cases', 'pairs_of', 'reach_rows', 'pair_rows',
            'Evidence', 'Test', 'Rival', 'check_names', 'in_table', 'of_the_past', 'followed', 'looked_at', 'evaluate',
            'days_of', 'promises_of', 'Terms', 'is_book', 'are_promises', 'possible', 'lacking', 'measure_terms',
-           'recipe_of', 'record', 'heads_of', 'until_newest', 'Judged', 'judge', 'Trained', 'train_and_judge',
-           'network_space', 'as_it_is', 'cut_off', 'silent', 'InnerFolds', 'tune_objective', 'tuned']
+           'recipe_of', 'record', 'heads_of', 'until_newest', 'Judged', 'judge', 'Trained', 'spans_again',
+           'train_and_judge', 'shared_by_all', 'train_together', 'network_space', 'as_it_is', 'cut_off', 'silent',
+           'InnerFolds', 'tune_objective', 'tuned']
 
 # %% ../nbs/42_study.ipynb #da9b4024
 import hashlib, json, logging, math, tempfile, threading
@@ -26,12 +27,13 @@ from .backtest import BORROW, ROUND_TRIP, Account, Book, Costs, append_trial
 from .baselines import PAST, book_scores
 from .boosting import why_no_trees
 from .calibration import ODD, ROLLING, Bands, third_of
-from .combined import Combined, Found, decisions, find, refit, seen, spoken_by, step, untaught
+from .combined import (Combined, Found, decisions, find, first_networks, networks_again, refit, seen,
+                               spoken_by, step, untaught)
 from .crossexchange import coin_and_quote, known_rows, numbers
 from .data import DataError, Panel, bars_of, normalise_symbol, parse_timeframe
 from .features import bring
 from .forecaster import (MIN_TRAIN, Forecaster, ForecasterConfig, Inputs, forecast, importance, least_history,
-                                 all_features, loss_on, make_inputs, split, train)
+                                 all_features, best_rates, loss_on, make_inputs, split, train)
 from .gate import BOOKS, Declared, Positions, Reach, excursions, measure_reach, pays, threshold
 from .ledger import Tried, read_ledger, refuse_second_name
 from .metrics import day_blocks, interval_mean
@@ -43,7 +45,7 @@ from .splits import walk_forward
 from .state import StateError, contents
 from .targets import (HORIZONS, LARGEST, REGIMES, Targets, make_targets, market_centre, pair_window, pegged,
                               realised_correlation, trailing_beta)
-from .trainer import TrainConfig, TrainerError
+from .trainer import TrainConfig, TrainerError, go_on_alone, joined, of_torchrun, pick_device
 from .tune import (CategoricalDistribution, FloatDistribution, HyperparameterOptimizer, IntDistribution,
                            Interrupted, Space)
 from .verdict import (OWN, Comparison, Verdict, book_rows, comparisons, joint_level, number_rows, row, scored,
@@ -806,6 +808,10 @@ class Trained(NamedTuple):
     found: Found
     judged: Judged
 
+def spans_again(study: Study) -> dict[str, np.ndarray]:   # Folder to bars [T], bool
+    "What the recipe is fitted to once it is found: all before the test, and all up to the newest bar"
+    return dict(judged=study.until('gate'), shipped=np.ones(len(study.panel.time), bool))
+
 def train_and_judge(
     study: Study,
     config: ForecasterConfig,
@@ -819,18 +825,44 @@ def train_and_judge(
 ) -> Trained:
     "The recipe, judged on the test and fitted to the newest bar"
     out, what = Path(out), (study.inputs, study.targets)
-    def again(rows, newest, name, **k): return refit(found, *what, rows, newest, out/name, device, stop, **k)
+    spans = spans_again(study)
+    def again(name, newest, **k): return refit(found, *what, spans[name], newest, out/name, device, stop, **k)
     found = find(*what, study.parts, config, out, device, stop)
     log.info('once more, to everything before the test')
-    model = again(study.until('gate'), study.parts['gate'], 'judged', everyone=True)
+    model = again('judged', study.parts['gate'], everyone=True)
     with step('the test'): judged = judge(found.model, model, study, others, most, heads, found.absent)
     log.info(judged.verdict)
     terms = replace(judged.terms, rates=[list(rates) for rates in found.rates])
     if not fresh: return Trained(replace(model, bands=judged.test.before), terms, found, judged)
     log.info('once more, to the newest bar')
-    everything = np.ones(len(study.panel.time), bool)
-    shipped = again(everything, study.parts['test'], 'shipped')
+    shipped = again('shipped', study.parts['test'])
     return Trained(replace(shipped, bands=judged.test.after), until_newest(terms, study), found, judged)
+
+# %% ../nbs/42_study.ipynb #eabc2add
+def shared_by_all(study: Study, config: ForecasterConfig) -> dict:   # By what it is, in a few bytes
+    "What must be the same in all processes"
+    there = np.packbits(np.isfinite(study.inputs.x))
+    there = {'set of values that are missing': hashlib.sha256(there).hexdigest()}
+    return study.data | {'list of inputs': study.inputs.names, 'configuration': asdict(config)} | there
+
+def train_together(
+    study: Study,
+    config: ForecasterConfig,
+    out,                                   # As for `train_and_judge`; only the first process has a use for it
+    device: str = 'auto',
+    stop: threading.Event | None = None,   # Once set, training gives up after its batch
+    fresh: bool = True,                    # As for `train_and_judge`
+):
+    "With the others that torchrun started, train all networks of `train_and_judge`; after it this process is alone"
+    if of_torchrun()[1] == 1: return
+    what = study.inputs, study.targets
+    with joined(pick_device('cpu'), timeout=600) as ranks:
+        for name, value in shared_by_all(study, config).items(): ranks.agree(name, value)
+    networks, histories = first_networks(*what, study.parts, config, out, device, stop)
+    rates = [best_rates(h) for h in histories]
+    for name, rows in spans_again(study).items():
+        if name == 'judged' or fresh: networks_again(networks, rates, *what, rows, Path(out)/name, device, stop)
+    go_on_alone()
 
 # %% ../nbs/42_study.ipynb #100b8717
 def network_space(config: ForecasterConfig) -> Space:

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import forked
+from cryptoml import jobs
+from cryptoml.jobs import JobError, JobFailed
 from cryptoml.state import generations, load, lock, read_lines
 from cryptoml.trainer import TrainConfig, TrainerError, UltimateTrainer, weighted_mean
 from test_trainer import X, Y, bits, whole_history
@@ -245,3 +247,104 @@ def test_a_row_that_has_no_place(tmp_path, one_thread):
     both = ranks(2, lambda r: fit(tmp_path/'out', batches=lambda *_: [dict(x=X[:4], y=Y[:3])]), tmp_path)
     for one in both: assert 'a batch with 3, 4 rows cannot be cut' in one['error']
     assert read_lines(tmp_path/'out'/'history.jsonl') == []
+
+# ---- a job
+
+TOGETHER = """
+import os, signal
+from pathlib import Path
+import torch
+import test_ranks as t
+from cryptoml.trainer import go_on_alone, of_torchrun
+number, total = of_torchrun()
+threads = torch.get_num_threads()
+victim, how = os.environ.get('VICTIM', '- -').split()
+def deadly(m, b):
+    global calls
+    calls += 1
+    pid = dict(kernel=os.getpid(), launcher=os.getppid())
+    if str(number) == victim and calls == 7:                                        # in the second epoch
+        os.kill(pid[how], signal.SIGKILL)
+        signal.pause()
+    return t.loss(m, b)
+calls = 0
+(Path(out)/'mine').touch()
+history, _ = t.fit(out, loss=deadly, epochs=epochs)
+again, _ = t.fit(Path(out)/'again', epochs=1)             # a second training in the same group
+go_on_alone()
+"""
+METRICS = """
+from cryptoml.state import write_json
+losses = {k: history[k].tolist() for k in ('train_loss', 'valid_loss')}
+write_json(Path(out)/'metrics.json', losses | dict(second=again.train_loss.tolist(), threads=threads, total=total))
+"""
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    "A notebook that trains twice, together; what the others put into folders of their own goes into `scratch`"
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([os.path.dirname(__file__), os.environ.get('PYTHONPATH', '')]))
+    (tmp_path/'scratch').mkdir()
+    monkeypatch.setenv('TMPDIR', str(tmp_path/'scratch'))
+    monkeypatch.setattr(jobs.tempfile, 'tempdir', None)
+    cells = dict(parameters="epochs: int = 3\nthreads: int = 2\nout: str = ''", together=TOGETHER, rest=METRICS)
+    made = [dict(cell_type='code', id=tag, metadata=dict(tags=[tag]), execution_count=None, outputs=[], source=source)
+            for tag, source in cells.items()]
+    path = tmp_path/'job.ipynb'
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    path.write_text(json.dumps(dict(cells=made, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    return path
+
+def run_job(job, out, **given):
+    "In a process of its own"
+    os.environ['LOCAL_WORLD_SIZE'] = os.environ['WORLD_SIZE']
+    try: return jobs.run(job, out, **given)
+    except (JobError, JobFailed) as e: raise TrainerError(str(e)) from None
+
+def killed_under_torchrun(job, out):
+    "One of two commands is killed in the second epoch: what the other says"
+    run = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1']
+    line = ['--master-port', str(free_port()), '-m', 'cryptoml.jobs', str(job), '--out', str(out)]
+    env = os.environ | dict(VICTIM='1 launcher')
+    r = subprocess.run(run + line, capture_output=True, text=True, timeout=300, env=env, cwd=os.path.dirname(__file__))
+    with lock(out, wait=100): pass                                  # its kernel has gone too
+    assert r.returncode != 0
+    return [line for line in r.stderr.splitlines() if line.startswith('cryptoml: ')]
+
+def test_a_job_of_two_processes(tmp_path, job, monkeypatch):
+    "One is killed; the same command ends as alone would; once more there is nothing to do"
+    def folders(): return {p.name for p in (tmp_path/'scratch').glob('cryptoml-*')}
+    said, = killed_under_torchrun(job, tmp_path/'out')
+    left = folders()                       # of the one who was killed
+    assert len(left) <= 1
+    assert 'process 0 was ended by torchrun' in said or 'process 0 of 2 lost the others' in said
+    assert whole_history(tmp_path/'out', 1) and not (tmp_path/'out'/'metrics.json').exists()
+    found = [one['found'] for one in ranks(2, lambda r: run_job(job, tmp_path/'out'), tmp_path)]
+    assert found[1] == {} and (found[0].pop('total'), found[0].pop('threads')) == (2, 1)
+    expected, _ = fit(tmp_path/'alone', epochs=3)
+    once, _ = fit(tmp_path/'once', epochs=1)
+    for name in ('train_loss', 'valid_loss'): assert found[0][name] == pytest.approx(expected[name].tolist(), abs=1e-5)
+    assert found[0]['second'] == pytest.approx(once.train_loss.tolist(), abs=1e-5)
+    monkeypatch.setattr(jobs, 'execute', lambda *_: 1 / 0)
+    answered = [one['found'] for one in ranks(2, lambda r: run_job(job, tmp_path/'out'), tmp_path)]
+    assert answered[0]['second'] == found[0]['second'] and answered[1] == {}
+    assert folders() == left
+    assert {p.name for p in (tmp_path/'out').iterdir()} >= {'mine', 'job.ipynb', 'params.json', 'again'}
+
+def test_another_command_is_refused(tmp_path, job):
+    def work(r): return run_job(job, tmp_path/'out', epochs=4) if r else said_by_first(job, tmp_path)
+    said = ranks(2, work, tmp_path)
+    assert 'the first process runs another job (epochs=3, not 4)' in said[1]['error']
+
+def said_by_first(job, tmp_path):
+    "The first process, with a kernel that ends once the other has"
+    def execute(*_):
+        while not (tmp_path/'told1').exists(): time.sleep(.01)
+        (tmp_path/'out'/'metrics.json').write_text('{}')
+    jobs.execute = execute
+    return run_job(job, tmp_path/'out')
+
+def test_a_job_that_shares_nothing_is_not_started_twice(tmp_path, job):
+    job.write_text(job.read_text().replace('"together"', '"rest"'))
+    for one in ranks(2, lambda r: run_job(job, tmp_path/'out'), tmp_path):
+        assert one['error'].endswith('it has no cell tagged together: start it without torchrun')
+    assert not (tmp_path/'out').exists()

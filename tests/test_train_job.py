@@ -1,5 +1,5 @@
 """The train job from the command line: killed and taken up again, and refused before it starts"""
-import json, os, subprocess, sys, time
+import json, math, os, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -127,25 +127,54 @@ def test_what_a_run_reports(runs):
     assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= left
 
 
-FACADE = """
-import sys, torch
+STEADY = """
+from cryptoml import network
+network.SIZES['small']['dropout'] = 0.      # two processes have noise of their own
+"""
+FACADE = STEADY + """
+import json, sys, torch
 from cryptoml.integration import UltimateTradingAI
 torch.set_num_threads(1)
 bars, state, seed = sys.argv[1:]
 ai = UltimateTradingAI(dict(horizons=[4, 12], seed=int(seed), state_dir=state, fresh=False), device='cpu')
-print(ai.train_sync(bars, epochs=1)['verdict']['trials'])
+found = ai.train_sync(bars, epochs=1)
+print(json.dumps(found['rows']))
+print(found['verdict']['trials'])
 """
 
+def as_two_processes(out, hooks, **parameters):
+    "The job under torchrun, without dropout"
+    startup = hooks/'profile_default'/'startup'
+    startup.mkdir(parents=True)
+    (startup/'steady.py').write_text(STEADY)
+    before = ['-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', '2']
+    python, *line = command(out, **parameters)
+    env = os.environ | dict(IPYTHONDIR=str(hooks))
+    return subprocess.run([python, *before, *line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS)
+
+def same_rows(rows, others):
+    """The same comparisons, and values alike: a sum over two halves of a batch is rounded otherwise than the whole, by
+    1e-7, and some fifty steps and a share that is searched for make up to 1e-5 of it"""
+    assert [{**r, **dict.fromkeys(('value', 'lo', 'hi'))} for r in rows] == [
+        {**r, **dict.fromkeys(('value', 'lo', 'hi'))} for r in others]
+    for r, o in zip(rows, others):
+        figures = [[math.nan if x[k] is None else x[k] for k in ('value', 'lo', 'hi')] for x in (r, o)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-4, rel=1e-4, nan_ok=True), r
+
 def test_every_training_is_a_trial(bars, tmp_path, monkeypatch):
-    "Through the facade and through the job, beside one another, in processes of their own: what was run is counted"
+    """Through the facade and through the job, beside one another, in processes of their own: what was run is counted,
+    once where two processes share it, and they find what one finds"""
     monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp_path/'ledger.jsonl'))
     def facade(seed):
         line = [sys.executable, '-c', FACADE, str(bars), str(tmp_path/f'state{seed}'), str(seed)]
         return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     beside = [facade(seed) for seed in (0, 1)]
-    assert max(int(p.communicate(timeout=HANGS)[0].split()[-1]) for p in beside) == 2
+    said = [p.communicate(timeout=HANGS)[0].splitlines() for p in beside]
+    assert sorted(int(lines[-1]) for lines in said)[-1] == 2
     p = dict(data=bars, epochs=1, horizons='4,12', threads=1, fresh=False)
-    assert run(tmp_path/'again', **p, seed=0, compare='').returncode == 0          # the facade has done this one
+    both = as_two_processes(tmp_path/'again', tmp_path/'ipython', **p, seed=0, compare='')   # the facade has done it
+    assert both.returncode == 0, both.stderr[-2000:]
+    same_rows(metrics_of(tmp_path/'again')['rows'], json.loads(said[0][-2]))
     assert run(tmp_path/'beside', **p, seed=3, compare='lstm').returncode == 0     # and two more
     assert [metrics_of(tmp_path/k)['verdict']['trials'] for k in ('again', 'beside')] == [2, 4]
     ledger = read_ledger(tmp_path/'ledger.jsonl')
