@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import nn, Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -434,7 +433,8 @@ def p_lower(
     spread = d.std().item() / math.sqrt(n)
     away = d.mean().item()
     if not spread: return 0. if away < 0 else 1.
-    return float(student.cdf(away / spread, n - 1))
+    from scipy.special import stdtr                         # takes long to import
+    return float(stdtr(n - 1, away / spread))
 
 # %% ../nbs/33_ewc.ipynb #ec0530ec
 class Update(NamedTuple):

@@ -298,19 +298,20 @@ def test_killed_while_adapting(ai):
     else:
         assert other.adapt_sync(history(), extra, tuple(QUICK), '20D')['accepted'] == 'members'
 
-CYCLES = int(os.environ.get('CRYPTOML_SLOPES', 0)) // 200 or 4
+CYCLES = int(os.environ.get('CRYPTOML_SLOPES', 0)) // 200 or 5
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads its size from /proc')
 def test_adapting_leaves_nothing_behind(live, shift, tmp_path):
-    "Suite 10: memory in the second half of the cycles, and threads"
+    "Suite 10: memory and threads"
     sizes = []
     for i in range(CYCLES):
         adapt(*live, shift, tmp_path/str(i), QUICK, fresh=False)
         gc.collect()
         sizes.append(resident())
-    grown = (sizes[-1] - sizes[CYCLES // 2 - 1]) / (CYCLES - CYCLES // 2) / 2**20
-    print(f'{CYCLES} adaptations: {grown:.2f} MB each in the second half')
-    assert grown < 3 and threading.active_count() < 10
+    each = np.diff(sizes) / 2**20
+    late = each[len(each) // 2:].mean()
+    print(f'{CYCLES} adaptations: {np.median(each):.2f} MB a usual one, {late:.2f} on average in the second half')
+    assert np.median(each) < 1 and threading.active_count() < 10       # what is leaked is leaked each time
 
 # ---- the job
 
