@@ -309,6 +309,7 @@ def cases_of(
     if not there.any(): raise DataError('no judged decision has an outcome and every forecast: give more bars')
     now, day = {k: v[there] for k, v in now.items()}, day[there]
     names = [k for k in now if k != LIVE]
+    if not names: return []
     p = dict(zip(names, holm([better(now[k], now[LIVE], day, overlap) for k in names])))
     costs = {k: dearest(then, k, regime) for k in names}
     rivals = [k for k in names if k in plain and costs[k][0] <= limit]
@@ -349,16 +350,16 @@ class Adapted:
     def reason(self) -> str:
         "A sentence"
         first, last = self.judged
-        said = '; '.join(f'{c.name} {c.gain:+.2%}: {c.why or "accepted"}' for c in self.cases)
-        gone = ''.join(f'; {k} could not be tried: {why}' for k, why in self.absent.items())
+        said = [f'{c.name} {c.gain:+.2%}: {c.why or "accepted"}' for c in self.cases]
+        gone = [f'{k} could not be tried: {why}' for k, why in self.absent.items()]
         head = f'{self.accepted} goes live' if self.accepted else 'the live model stays'
-        return f'{head}: judged from {first} to {last}, {said}{gone}'
+        return f'{head}: judged from {first} to {last}, {"; ".join(said + gone)}'
 
     def __str__(self): return f'{self.word}: {self.reason}'
 
     def table(self) -> pd.DataFrame:
         "A row a candidate"
-        t = pd.DataFrame([c._asdict() for c in self.cases]).set_index('name')
+        t = pd.DataFrame(self.cases, columns=Case._fields).set_index('name')
         t.insert(5, 'seconds', [self.seconds[k] for k in t.index])
         return t
 
@@ -456,5 +457,5 @@ def plot_adapted(a: Adapted, ax=None):   # -> Axes
     ax.axhline(0, color='.6', lw=.8)
     ax.set(ylabel="spared, days of loss")
     ax.tick_params(axis='x', rotation=30)
-    ax.legend(frameon=False)
+    if a.cases: ax.legend(frameon=False)
     return ax

@@ -13,6 +13,7 @@ from conftest import ended, forked, resident
 from cryptoml import adapt as adapt_module
 from cryptoml.adapt import (ALPHA, LIVE, WAYS, Task, adapt, better, cases_of, dearest, judged_places, material,
                             relative_losses, terms_after, winner)
+from cryptoml.boosting import NoTrees
 from cryptoml.combined import decisions, find
 from cryptoml.data import DataError, to_panel
 from cryptoml.forecaster import ForecasterConfig, make_inputs, split
@@ -222,6 +223,15 @@ def test_a_bad_batch_is_refused(live, poison, tmp_path, monkeypatch):
 def test_a_way_that_cannot_be_gone(live, m, tmp_path):
     found = adapt(live[0], replace(live[1], rates=[]), m, tmp_path, {k: WAYS[k] for k in ('members', 'everything')})
     assert list(found.absent) == ['everything'] and 'an earlier version' in found.reason
+
+def test_no_way_can_be_gone(live, m, tmp_path, monkeypatch):
+    "As where trees cannot be grown: the live model stays, and why is told"
+    def none(t): raise NoTrees('lightgbm cannot be loaded')
+    for name in QUICK: monkeypatch.setitem(WAYS, name, WAYS[name]._replace(make=none))
+    found = adapt(*live, m, tmp_path, {k: WAYS[k] for k in QUICK})
+    assert found.accepted is None and found.model is live[0] and len(found.table()) == 0
+    assert found.reason.endswith('members could not be tried: lightgbm cannot be loaded; '
+                                 'few could not be tried: lightgbm cannot be loaded')
 
 def test_stopped(live, m, tmp_path):
     stop = threading.Event()
