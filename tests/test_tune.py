@@ -296,9 +296,11 @@ def check_killed(s, told, said):
         last = tries[-1].params
         for x in tries: assert x.params.items() <= last.items()        # all that had been drawn is kept
     runs = Counter(line.split()[1] for line in begun(told))
-    assert {float(x): n for x, n in runs.items()} == dict(zip(t.x, t.tries))    # what ran is what is told
+    assert {float(x) for x in runs} == set(t.x)                        # what ran is what is told
+    missed = {tries - runs[repr(x)] for x, tries in zip(t.x, t.tries)}
+    assert missed <= {0, 1}                                            # one may be killed just before it begins
     counts = lines(s)
-    assert len(counts) == 30 and sum(counts.values()) == 30 + len(again)
+    assert len(counts) == 30 and runs.total() <= sum(counts.values()) <= 30 + len(again)
     year = np.arange(19000, 19365)
     assert read_ledger().tried(year, np.linspace(-.01, .01, 365)).count == 31
 
