@@ -28,6 +28,8 @@ from .engine import BARS, Engine, Step, chained, ordered
 from .microstructure import (MICROSTRUCTURE, ORDERBOOK_COLUMNS, TRADES_COLUMNS,
                                      orderbook_at_bars, orderbook_frame, trades_at_bars, trades_frame)
 from .onchain import LOOKBACK, ONCHAIN, ONCHAIN_COLUMNS, onchain_at_bars, onchain_frame
+from .sentiment import DELAY, SENTIMENT, SENTIMENT_COLUMNS, sentiment_at_bars, sentiment_frame
+from .sentiment import LOOKBACK as MONTH
 from .technical import TECHNICAL
 
 # %% ../nbs/17_features.ipynb #a37874c7
@@ -36,6 +38,7 @@ FAMILIES = dict(                                     # name -> steps or crosses,
     onchain=ONCHAIN,
     microstructure=MICROSTRUCTURE,
     crossexchange=CROSSEXCHANGE,
+    sentiment=SENTIMENT,
     crosssection=CROSSSECTION)
 OWN = 'own'                                          # family of the steps of one's own
 SOURCES = ('onchain', 'orderbook', 'trades', 'cross_exchange', 'funding', 'sentiment')
@@ -45,6 +48,7 @@ BROUGHT = dict(                                      # source -> columns that it
     trades=TRADES_COLUMNS,
     cross_exchange=CROSS_COLUMNS,
     funding=FUNDING_COLUMNS,
+    sentiment=SENTIMENT_COLUMNS,
     coins=MARKET_COLUMNS)                            # of the other coins' bars: no frame of its own
 INPUTS = BARS + sum(BROUGHT.values(), ())            # all columns that a step can read
 
@@ -168,6 +172,7 @@ KNOWN = dict(                                        # source -> when a value ca
     trades=f'100 ms, or {STATED}',
     cross_exchange=STATED,
     funding=STATED,
+    sentiment=f'{DELAY} after it was published, or {STATED}',
     coins='close of the bar')
 NEEDS = dict(                                        # source -> how far back a live bot has to hold it
     onchain=f'{LOOKBACK} days',
@@ -175,6 +180,7 @@ NEEDS = dict(                                        # source -> how far back a 
     trades='1 minute before the bar',
     cross_exchange='2 bars',
     funding='90 settlements',
+    sentiment=f'{MONTH} days',
     coins='1 bar')
 
 def needs(
@@ -230,7 +236,8 @@ def catalogue(
     return pd.DataFrame(rows)[CATALOGUE]
 
 # %% ../nbs/17_features.ipynb #d8435262
-ENTRY = dict(onchain=onchain_frame, orderbook=orderbook_frame, trades=trades_frame)   # checks and defaults of a frame
+ENTRY = dict(onchain=onchain_frame, orderbook=orderbook_frame, trades=trades_frame,   # checks and defaults of a frame
+             sentiment=sentiment_frame)
 
 def check_sources(
     sources: dict,         # Keywords as given
@@ -246,7 +253,7 @@ def check_sources(
 
 # %% ../nbs/17_features.ipynb #9a3caa7e
 AT_BARS = dict(onchain=onchain_at_bars, orderbook=orderbook_at_bars, cross_exchange=cross_at_bars,
-               funding=funding_at_bars)
+               funding=funding_at_bars, sentiment=sentiment_at_bars)
 
 def source_columns(
     sources: dict,       # Checked frames

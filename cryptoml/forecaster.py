@@ -151,7 +151,7 @@ def make_inputs(
     panel: Panel,                        # Checked bars
     extra: pd.DataFrame | None = None,   # A user's own columns: time, known, symbol, numbers
     engineer: AdvancedFeatureEngineer | None = None,  # Features; None for all of our families
-    **sources,                           # onchain, orderbook, trades, cross_exchange, funding: None or a frame
+    **sources,                           # Each None or a frame: those of SOURCES in `17_features`
 ) -> Inputs:                             # Inputs in a fixed order
     "Features and own columns of every bar"
     engineer = engineer or all_features()

@@ -7,7 +7,7 @@ __all__ = ['REGIMES', 'DURATION', 'VOLATILITY', 'DRIFT', 'SWITCH', 'TRANSITION',
            'ONCHAIN', 'SHARED', 'CARRIERS', 'HALF_LIVES', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'day_pattern',
            'clustered', 'mixing', 'extremes', 'published', 'lead_lag_matrix', 'geometric', 'under_way', 'next_bar',
            'part_sums', 'Market', 'shocks', 'drift_parts', 'log_returns', 'activity', 'bars_a_day', 'daily_onchain',
-           'funding_rates', 'coins', 'long_frame', 'market_bars', 'assemble', 'simulate']
+           'funding_rates', 'written', 'coins', 'long_frame', 'market_bars', 'assemble', 'simulate']
 
 # %% ../nbs/01_simulate.ipynb #6118e0f7
 from dataclasses import dataclass
@@ -192,6 +192,7 @@ class Market:
     extra: pd.DataFrame      # time, known (the bar's close), symbol, driver_1 .. driver_3, noise_1 .. noise_5
     onchain: pd.DataFrame    # Daily: time, known, asset, AdrActCnt, TxCnt, FlowInExNtv, FlowOutExNtv
     funding: pd.DataFrame    # Every 8 h: time, known, symbol, funding_rate
+    sentiment: pd.DataFrame  # Texts at any minute: time, known, symbol ('': the whole market), score; sorted by known
     truth: pd.DataFrame      # Index (symbol, time): the NEXT bar's drift, sigma, regime; scale; the parts of the drift
     lead_lag: pd.DataFrame   # Planted matrix, row follows column, in volatilities [N, N]
     symbols: list            # Sorted
@@ -345,6 +346,27 @@ def funding_rates(
     symbol = np.repeat(symbols, len(paid))
     return pd.DataFrame(dict(time=when, known=when, symbol=symbol, funding_rate=rate.ravel()))
 
+# %% ../nbs/01_simulate.ipynb #7a5b404b
+def written(
+    rng: np.random.Generator,   # Source of randomness
+    time: pd.DatetimeIndex,     # Opens of the bars [T]
+    symbols: list,              # Symbols [N]
+    state: np.ndarray,          # What texts follow, at each bar's close [N, T]
+) -> pd.DataFrame:              # time, known (five minutes later), symbol, score; sorted by known
+    "Scored texts: a coin has one in four hours, and every tenth speaks of the whole market"
+    bar = time[1] - time[0]
+    count = rng.poisson(bar / pd.Timedelta('4h'), state.shape)
+    coin, t = np.repeat(np.argwhere(count > 0), count[count > 0], axis=0).T
+    after = pd.to_timedelta(np.floor(rng.random(len(t)) * (bar / pd.Timedelta('1min'))), 'min')
+    when = time[t] + bar + after                                            # in the bar after that close
+    everybody = rng.random(len(t)) < .1
+    tone = np.where(everybody, state.mean(0)[t], state[coin, t])
+    score = np.tanh(.6 * (tone + rng.standard_normal(len(t))))
+    name = np.where(everybody, '', np.asarray(symbols, object)[coin])
+    texts = pd.DataFrame(dict(time=when, known=when + pd.Timedelta('5min'), symbol=name, score=score))
+    texts = texts[texts['known'] <= time[-1] + bar]
+    return texts.sort_values(['known', 'symbol'], kind='stable', ignore_index=True)
+
 # %% ../nbs/01_simulate.ipynb #7fb9e619
 COINS = {     # first open
     'BTC': 3e4,
@@ -437,9 +459,10 @@ def assemble(
     )
     onchain = daily_onchain(rng, time, assets, after['onchain'])
     funding = funding_rates(rng, time, symbols, log_close)
+    sentiment = written(rng.spawn(1)[0], time, symbols, after['driver_2'])
     lead_lag = pd.DataFrame(matrix, symbols, symbols)
     truth = truth.set_index(['symbol', 'time'])
-    return Market(bars, extra, onchain, funding, truth, lead_lag, symbols, timeframe, signal)
+    return Market(bars, extra, onchain, funding, sentiment, truth, lead_lag, symbols, timeframe, signal)
 
 # %% ../nbs/01_simulate.ipynb #433be7f9
 def simulate(

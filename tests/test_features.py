@@ -12,6 +12,7 @@ from cryptoml.data import DataError, clean, market_frame, to_panel
 from cryptoml.engine import step
 from cryptoml.features import FAMILIES, AdvancedFeatureEngineer, catalogue
 from cryptoml.onchain import onchain_frame
+from cryptoml.sentiment import sentiment_frame
 from cryptoml.simulate import simulate
 
 needs_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
@@ -33,15 +34,25 @@ def other_venues(bars, seed=0):
 def simulated():
     "Six coins with missing bars, bad bars and a gap of two days, and their sources"
     market = simulate(n_symbols=6, n_bars=2000, seed=3)
-    sources = dict(onchain=market.onchain, funding=market.funding, cross_exchange=other_venues(market.bars))
+    early = market.sentiment.assign(**{c: market.sentiment[c] - pd.Timedelta('40D') for c in ('time', 'known')})
+    sources = dict(onchain=market.onchain, funding=market.funding, cross_exchange=other_venues(market.bars),
+                   sentiment=pd.concat([early, market.sentiment]))
     bars = market.bars
     bars.loc[[700, 2700], 'close'] = np.nan
     bars.loc[[1500], 'low'] = bars.loc[1500, 'high'] * 2
     return bars.drop([*range(400, 405), *range(900, 950), 3000, 3002]).reset_index(drop=True), sources
 
 
+def headlines(root):
+    "Real headlines with a lexicon's polarity, moved to the months of the bars"
+    raw = pd.read_parquet(root/'crypto_news.parquet')
+    coin = raw.subject.map(dict(bitcoin='BTC', ethereum='ETH')).fillna('')
+    when = raw.timestamp - pd.Timedelta('365D')
+    return sentiment_frame(pd.DataFrame(dict(time=when, symbol=coin, score=raw.polarity)))
+
+
 def real():
-    "Six coins, their perpetuals, a second venue, funding and Bitcoin's chain"
+    "Six coins, their perpetuals, a second venue, funding, Bitcoin's chain, and headlines of a year later"
     root = Path(os.environ['CRYPTOML_DATA'])
     coins = [f'{c}/USDT' for c in ('BTC', 'ETH', 'ADA', 'DOGE', 'LINK', 'XRP')]
     def read(name, **k): return market_frame(root/name, start='2020-12-01', end='2021-04-01', **k)
@@ -49,7 +60,8 @@ def real():
     sources = dict(
         onchain=onchain_frame(pd.read_parquet(root/'onchain_btc_daily.parquet')),
         funding=funding_frame(pd.read_parquet(root/'funding_8h.parquet')),
-        cross_exchange=pd.concat([perp, cross_frame(read('spot_1h_kraken.parquet'), 'kraken')]))
+        cross_exchange=pd.concat([perp, cross_frame(read('spot_1h_kraken.parquet'), 'kraken')]),
+        sentiment=headlines(root))
     return clean(read('spot_1h.parquet', symbols=coins))[0], sources
 
 
@@ -80,6 +92,7 @@ def test_everything_is_compiled():
     ('onchain', 10),
     ('microstructure', 12),
     ('crossexchange', 10),
+    ('sentiment', 8),
     ('crosssection', 12)])
 def test_features_of_each_family(family, least):
     assert (table.family == family).sum() >= least
@@ -97,7 +110,7 @@ def test_everything_has_values(X):
     there = X.notna().mean()[plain.to_numpy()]
     assert (there > 0.05).all() and there.mean() > 0.85, there.nsmallest(5)
     assert not np.isinf(X.to_numpy()).any()
-    given = table.inputs.str.contains('funding frame|cross_exchange frame').to_numpy()
+    given = table.inputs.str.contains('funding frame|cross_exchange frame|sentiment frame').to_numpy()
     assert X.loc['BTC/USDT'].loc[:, given].notna().any().mean() > 0.6
 
 
@@ -120,7 +133,8 @@ def test_what_comes_later_cannot_reach_back(data, X):
     changed.loc[late, ['open', 'high', 'low', 'close', 'volume']] *= 7
     def spoilt(frame):
         numbers = frame.select_dtypes('number').columns
-        return frame.assign(**{c: frame[c].where(frame.known <= edge, 7 * frame[c]) for c in numbers})
+        times = {c: -.5 if c == 'score' else 7 for c in numbers}         # a score has bounds
+        return frame.assign(**{c: frame[c].where(frame.known <= edge, k * frame[c]) for c, k in times.items()})
     Z = engineer.transform(changed, '1h', **{k: spoilt(v) for k, v in sources.items()})
     assert bits(Z[~late.to_numpy()]) == bits(X[~late.to_numpy()])
 
@@ -130,7 +144,7 @@ def begun_late():
     "A coin's features from all bars, and from bars begun at eight places"
     market = simulate(n_symbols=6, n_bars=2600, seed=5)
     bars, name = market.bars, 'ETH/USDT'
-    sources = dict(funding=market.funding, cross_exchange=other_venues(bars))
+    sources = dict(funding=market.funding, cross_exchange=other_venues(bars), sentiment=market.sentiment)
     times, span = bars.time.unique(), table.warm_up.max()
     starts = np.linspace(400, 2600 - span - 1, 8).astype(int)
     def features(bars): return engineer.transform(bars, '1h', **sources).loc[name].to_numpy()
@@ -185,7 +199,8 @@ def test_stream_with_sources_is_batch(data):
     bars, sources = data
     bars = bars[bars.time < bars.time.min() + pd.Timedelta('190h')]
     bars = bars[bars.symbol.isin(['BTC/USDT', *sorted(bars.symbol.unique())[:2]])]
-    back = {k: pd.Timedelta(v) for k, v in dict(onchain='376D', funding='31D', cross_exchange='6h').items()}
+    reach = dict(onchain='376D', funding='31D', cross_exchange='6h', sentiment='31D')
+    back = {k: pd.Timedelta(v) for k, v in reach.items()}
     def sources_at(t):
         now = t + pd.Timedelta('1h')
         return {k: v[v.known > now - back[k]] for k, v in known(sources, now).items()}

@@ -88,7 +88,7 @@ REFUSED = [
     ('data', '', "data: no such file: ''"),
     ('data', '~nobody-of-that-name/x.csv', 'data: no such file'),
     *((source, 'nowhere.csv', f"{source}: no such file: 'nowhere.csv'")
-      for source in ('extra', 'onchain', 'orderbook', 'trades', 'cross_exchange', 'funding')),
+      for source in ('extra', 'onchain', 'orderbook', 'trades', 'cross_exchange', 'funding', 'sentiment')),
 ]
 
 @pytest.mark.parametrize('name, value, sentence', REFUSED, ids=lambda x: ascii(x)[:24])
