@@ -77,7 +77,7 @@ clean:
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@echo "installing what cryptoml needs into .venv (some minutes, once)"
 	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange]'
+	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange,rl]'
 	@touch $@
 
 .venv/.cluster: .venv/.ready

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUND_TRIP', 'BORROW', 'GROSS', 'COSTS', 'FUNDING', 'TRADED', 'LAPSED', 'STOPS', 'TAKES', 'TEXT', 'Costs',
-           'cost_share', 'hit_rate', 'break_even_bp', 'plot_equity', 'Book', 'Account', 'account_for', 'chained',
-           'append_trial', 'backtest']
+           'accounting_text', 'cost_share', 'hit_rate', 'break_even_bp', 'plot_equity', 'Book', 'Account',
+           'account_for', 'chained', 'append_trial', 'backtest']
 
 # %% ../nbs/06_backtest.ipynb #b6055076
 import functools, hashlib, inspect
@@ -291,10 +291,7 @@ def _advance(
             at[:] = np.nan
 
 # %% ../nbs/06_backtest.ipynb #41529ac5
-TEXT = NAMES + '''from collections import namedtuple
-{numbers}
-{tuples}
-{functions}
+TEXT = '''
 def run(first, end, market, orders, held, track, lag, limit, nothing, at):
     _advance(first, end, _Market(*market), _Orders(*orders), _Held(*held), _Track(*track), lag, limit, nothing, at)
 kinds = types.BaseTuple.from_types
@@ -305,20 +302,20 @@ kind = types.void(number, number, market, orders, held, track, number, types.flo
 run = njit(kind, nogil=True, cache=True, error_model='numpy', _nrt=False)(run)
 '''
 
-def _text() -> str:
-    "`_advance` and all that it calls, as a text that stands alone"
+def accounting_text() -> str:
+    "`_advance` and all that it calls, as a text that stands alone: whoever compiles accounts appends to it"
     functions = _mark, _cut, _fill, _touch, _carry, _gone, _trade, _open, _advance
     used = {}
     for f in functions: used |= inspect.getclosurevars(f).globals
     numbers = [number_line(name, v) for name, v in used.items() if isinstance(v, int)]
     tuples = [f'{t.__name__} = namedtuple({t.__name__!r}, {t._fields})' for t in (_Market, _Orders, _Held, _Track)]
     texts = [f'{text_of(f)}\n{f.__name__} = njit({LEAN})({f.__name__})' for f in functions]
-    return TEXT.format(numbers='\n'.join(numbers), tuples='\n'.join(tuples), functions='\n'.join(texts))
+    return '\n'.join([NAMES + 'from collections import namedtuple', *numbers, *tuples, *texts])
 
 @functools.cache
 def _compiled():
     "`_advance`, compiled"
-    made = load({'account': (_text(), {})})['account']
+    made = load({'account': (accounting_text() + TEXT, {})})['account']
     if isinstance(made, Exception): raise made
     return made.run
 

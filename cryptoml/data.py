@@ -6,10 +6,10 @@
 __all__ = ['EARLIEST', 'LATEST', 'FIAT', 'STABLE', 'QUOTES', 'COINS', 'PRICES', 'CANDLE', 'EXTRA', 'LARGEST', 'JUMP', 'FAR',
            'AGREE', 'WILD', 'WIDE', 'RECENT', 'LEVEL', 'LOTS', 'FROZEN', 'DataError', 'parse_timeframe', 'bars_of',
            'to_utc', 'check_span', 'Instrument', 'read_name', 'normalise_symbol', 'standard_names', 'bar_columns',
-           'NoSymbol', 'read_bars', 'market_frame', 'read_each', 'usable', 'accept', 'widest', 'away', 'flow',
-           'changed', 'judge', 'judge_far', 'accepted', 'DataReport', 'clean', 'Panel', 'to_panel', 'clean_each',
-           'opens_of', 'from_finer', 'resample', 'read_panel', 'as_of', 'find_columns', 'check_columns', 'published',
-           'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
+           'read_table', 'NoSymbol', 'read_bars', 'market_frame', 'read_each', 'usable', 'accept', 'widest', 'away',
+           'flow', 'changed', 'judge', 'judge_far', 'accepted', 'DataReport', 'clean', 'Panel', 'to_panel',
+           'clean_each', 'opens_of', 'from_finer', 'resample', 'read_panel', 'as_of', 'find_columns', 'check_columns',
+           'published', 'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
 
 # %% ../nbs/00_data.ipynb #96761552
 import csv, datetime, functools, gzip, hashlib, html, json, math, os, re, sys
@@ -475,6 +475,15 @@ def _read_file(path: Path):
     try: return read(path)
     except DataError: raise
     except (OSError, ValueError) as e: raise DataError(f'cannot read {path}: {e}') from None
+
+# %% ../nbs/00_data.ipynb #4730b8ea
+def read_table(
+    path,              # Of a parquet or csv file
+    what: str,         # That is read, for the message
+) -> pd.DataFrame:
+    "A table that is no bars, as it stands in the file; DataError where it cannot be read"
+    try: return pd.read_parquet(path) if str(path).endswith('.parquet') else pd.read_csv(path)
+    except (OSError, ValueError) as e: raise DataError(f'{what}: cannot read {path}: {e}') from None
 
 # %% ../nbs/00_data.ipynb #79a18c7a
 _FILE_NAMES = [re.compile(pattern) for pattern in (

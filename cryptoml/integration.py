@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AGES', 'OF_A_BOT', 'NOT_JUDGED', 'BOOK', 'BARS', 'PANDAS', 'Config', 'checkpoint_folder', 'searched', 'told',
-           'differences', 'check_followed', 'with_its_ledger', 'clock', 'stored_name', 'with_guests', 'noted',
-           'nothing_said', 'Decision', 'held_weights', 'next_decision', 'keep_decision', 'kept_decision', 'keep_bars',
-           'kept_bars', 'own_settings', 'theirs', 'AsyncTwins', 'UltimateTradingAI', 'settings_of', 'trained_beside',
-           'integrate_with_existing_bot']
+           'differences', 'agent_of', 'check_sizes', 'check_followed', 'with_its_ledger', 'clock', 'stored_name',
+           'with_guests', 'noted', 'nothing_said', 'Decision', 'held_weights', 'next_decision', 'sized',
+           'keep_decision', 'kept_decision', 'keep_bars', 'kept_bars', 'own_settings', 'theirs', 'AsyncTwins',
+           'UltimateTradingAI', 'settings_of', 'trained_beside', 'integrate_with_existing_bot']
 
 # %% ../nbs/52_integration.ipynb #75a0acd8
 import asyncio, contextlib, copy, hashlib, json, threading, warnings
@@ -31,11 +31,12 @@ from .monitor import Journal
 from .newest import Prediction, Snapshot, without_forecast
 from .online import Online
 from .policy import Policy, PolicyState
+from .ppo import PPO, Agent, AgentError, Sizer, of_plain, sizes, to_plain
 from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
 from .state import StateError, append_line, discard, load, read_json, save, tidy, write_json
-from .study import Study, Terms, Trained, heads_of, train_and_judge, tuned
+from .study import PLAIN_SIZES, Study, Terms, Trained, heads_of, train_and_judge, tuned
 from .targets import HORIZONS
 from .trainer import TrainerError, pick_device
 from .tune import Interrupted
@@ -45,6 +46,7 @@ AGES = [f.name for f in fields(MaxAge)]
 
 OF_A_BOT = RULES | dict(
     act_on=one_of(WORDS),
+    size_from=one_of(('policy', PPO)),
     trials=whole(1),
     features=Rule('a list of different names, such as my_features:vol_spread',
                   lambda x: are_different(x, lambda name: isinstance(name, str))),
@@ -70,6 +72,7 @@ class Config:
     long_only: bool = False             # A spot account: no target below 0
     resample: bool = False              # Bars finer than `timeframe` are put together
     features: tuple = ()                # Families of the user's own beside ours, such as my_features:vol_spread
+    size_from: str = 'policy'           # What sizes positions: policy, or ppo, an agent that learns it and is judged
     fresh: bool = True                  # Weights refit to the newest bar; False: those that were judged
     act_on: str = ACT_ON                # The worst word that is acted on: FAIL, INCONCLUSIVE or PASS
     question: str = ''                  # What the trials of these data belong to in the ledger
@@ -140,6 +143,20 @@ def differences(
     return [f'{key} {there[key]} there, {value} asked for' for key, value in asked.items()
             if key in there and value is not None and not same(key, value)]
 
+def agent_of(about: dict, home) -> Agent | None:
+    "The agent that was saved with a model; StateError where it cannot be one"
+    kept = about.get('agent')
+    try: return None if kept is None else of_plain(kept)
+    except AgentError as e: raise StateError(f'the agent in {home} cannot be read: {e}') from e
+
+def check_sizes(size_from: str, s: Snapshot):
+    "StateError where positions are to be sized by an agent that is not there or was not judged"
+    if size_from != PPO: return
+    if s.agent is None: raise StateError("this model has no agent that sizes positions: train it with size_from='ppo'")
+    if PPO not in s.terms.further:
+        raise StateError("the agent of this model was not judged: train it again with size_from='ppo'")
+
+# %% ../nbs/52_integration.ipynb #a90824c0
 def check_followed(f: Combined, terms: Terms):
     "StateError where the book follows horizons that the model does not forecast"
     book, there = terms.declared, dict(enumerate(f.config.horizons))
@@ -149,12 +166,14 @@ def check_followed(f: Combined, terms: Terms):
 
 def with_its_ledger(terms: Terms) -> Terms:
     "Terms as this machine can vouch for them: PASS needs the ledger that the model was judged with"
-    if terms.verdict != 'PASS': return terms
+    words = terms.further | dict(own=terms.verdict)
+    if 'PASS' not in words.values(): return terms
     faults = read_ledger(heads=[terms.trials['head'] or 'none']).faults       # no head is none that is there
     if not faults: return terms
     warnings.warn(f'the model was judged PASS, but its trials cannot be seen here ({"; ".join(faults)}): it counts as '
                   'INCONCLUSIVE; bring its ledger along, and name it in CRYPTOML_LEDGER', stacklevel=3)
-    return replace(terms, verdict='INCONCLUSIVE')
+    words = {k: 'INCONCLUSIVE' if word == 'PASS' else word for k, word in words.items()}
+    return replace(terms, verdict=words.pop('own'), further=words)
 
 # %% ../nbs/52_integration.ipynb #a53b790d
 def clock(now) -> pd.Timestamp:
@@ -204,6 +223,7 @@ def held_weights(held: dict[str, float], symbols: list[str]) -> np.ndarray:   # 
         raise ValueError(f'the weight held of {bad[0]} is not a number, got {named[bad[0]]!r}')
     return np.array([named.get(k, 0.) for k in symbols])
 
+# %% ../nbs/52_integration.ipynb #89a06c8e
 def next_decision(
     last: Decision | None,
     live: Snapshot,
@@ -212,6 +232,7 @@ def next_decision(
     held: np.ndarray,               # Weights in the account [N]
     equity: float,
     least: float | None,            # Confidence asked for
+    agent: Agent | None = None,     # What sizes positions in place of the policy
 ) -> Decision | None:               # None: this is no time to decide
     "Decide as the judged book did"
     policy, symbols = Policy(**live.terms.policy), live.terms.symbols
@@ -222,11 +243,23 @@ def next_decision(
     if not fresh and last.data_time == close: return last              # one step a bar, however often it is asked for
     before = last.after if not fresh else policy.start(len(symbols))._replace(peak=last.after.peak if last else 0.)
     chosen = {k: p for k, p in sound.items() if least is None or p['confidence'] >= least}
+    now = before._replace(weights=held)
+    if agent is not None: return Decision(live, close, *sized(agent, symbols, chosen, now, equity))
     tradable = np.array([k in there for k in symbols])
     score, sigma, beta, correlation = asked_of(chosen, live.terms)
-    now = before._replace(weights=held)
-    w, after = policy.next_weights(now, score, sigma, beta, tradable, equity, correlation)
-    return Decision(live, close, w, after)
+    return Decision(live, close, *policy.next_weights(now, score, sigma, beta, tradable, equity, correlation))
+
+def sized(
+    agent: Agent,
+    symbols: list[str],
+    chosen: dict[str, Prediction],  # Those that can be acted on
+    now: PolicyState,               # With the weights in the account
+    equity: float,
+) -> tuple[np.ndarray, PolicyState]:    # Weights to trade to, NaN = keep, and what is remembered
+    "A decision of the agent: its targets are where it wants to be now, and it does not go in steps"
+    peak = max(now.peak, equity)
+    w = sizes(agent, symbols, chosen, now.weights, equity, peak)
+    return w, now._replace(weights=np.where(np.isnan(w), now.weights, w), peak=peak, equity=equity)
 
 # %% ../nbs/52_integration.ipynb #a0bf9ec6
 BOOK = 'book.json'
@@ -426,6 +459,25 @@ class UltimateTradingAI(AsyncTwins):
         if s is None: raise StateError('there is no model yet: train, or load_state')
         return s
 
+    def _agent(self, s: Snapshot) -> Agent | None: return s.agent if self.config.size_from == PPO else None
+
+    def _terms(self, s: Snapshot) -> Terms:
+        "What is known of the book that is followed"
+        return s.terms if self._agent(s) is None else replace(s.terms, verdict=s.terms.further[PPO])
+
+    def _of_agent(self, s: Snapshot) -> str:
+        return f'its size is that of the agent, whose book was judged {s.terms.further[PPO]}'
+
+    def _parts_of(self, s: Snapshot, said: dict[str, Prediction]) -> dict[str, float | None]:
+        "Target weights of coins from their usable predictions; an agent looks at what was held after the last decision"
+        agent, symbols, last = self._agent(s), s.terms.symbols, self._decided
+        if agent is None: return parts_of_book(said, s.terms)
+        mine = last is not None and last.model is s
+        held, equity, peak = np.zeros(len(symbols)), 1., 1.
+        if mine: held, equity, peak = last.after.weights, last.after.equity, last.after.peak
+        w = sizes(agent, symbols, said, held, equity, peak)
+        return {k: None if np.isnan(x) else float(x) for k, x in zip(symbols, w)}
+
     def needed_history(self) -> int:
         "Closed bars of every coin of the live model that a prediction needs"
         return self.live().need
@@ -496,6 +548,7 @@ class UltimateTradingAI(AsyncTwins):
         "Train a new model and make it the live one; DataError for data that cannot be trained on"
         with self._alone():
             c = self.config
+            further = {PPO: Sizer(seed=c.seed)} if c.size_from == PPO else {}
             panel, report = read_panel(data, symbols, timeframe=c.timeframe, now=clock(None), resample=c.resample)
             known = report.digest, c.borrow, c.question, report.refused
             study = Study.of(panel, c.horizons, c.round_trip, extra, *known, c.book, c.long_only,
@@ -508,10 +561,12 @@ class UltimateTradingAI(AsyncTwins):
             folder = checkpoint_folder(Path(c.state_dir)/'training', study, settings, self.device)
             heads = heads_of(c.state_dir)
             if self.snapshot is not None: heads.append(self.snapshot.terms.trials['head'])
-            trained = train_and_judge(study, settings, folder, self.device, stop, heads, fresh=c.fresh)
+            how = dict(fresh=c.fresh, further=further | PLAIN_SIZES if further else {})
+            trained = train_and_judge(study, settings, folder, self.device, stop, heads, **how)
+            agent = further[PPO].agent if further else None
         if stop is not None and stop.is_set():
             raise TrainerError('training was stopped at its end: the model stays the one it was')
-        self.snapshot, self._checkpoints = Snapshot(trained.model, trained.terms), folder
+        self.snapshot, self._checkpoints = Snapshot(trained.model, trained.terms, agent=agent), folder
         about = dict(data=str(report), left_out=study.left_out, unfunded=study.unfunded)
         return told(trained) | about | (dict(search=found) if found else {})
 
@@ -575,8 +630,11 @@ class UltimateTradingAI(AsyncTwins):
         if name not in model.terms.symbols and not prediction['faults']:
             return hold(name, 'not judged', [NOT_JUDGED], model.terms.declared.horizons[0], prediction['data_time'])
         others, parts = self._book_now(model, clock(now))
-        mine = parts if others.get(name) is prediction else None
-        return make_signal(prediction, model.terms, min_confidence, now, self.max_age, others, self.config.act_on, mine)
+        agent = self._agent(model)
+        if others.get(name) is not prediction:
+            parts = None if agent is None else self._parts_of(model, others | {name: prediction})
+        how = self.max_age, others, self.config.act_on, parts, None if agent is None else self._of_agent(model)
+        return make_signal(prediction, self._terms(model), min_confidence, now, *how)
 
     def _book_now(self, model: Snapshot, now: pd.Timestamp) -> tuple[dict, dict]:
         "Usable predictions of this model, and their parts of the book; made once for all coins of a bar"
@@ -585,7 +643,7 @@ class UltimateTradingAI(AsyncTwins):
         same = last is not None and last[0] == now and len(last[1]) == len(about)
         if not same or any(a is not b for a, b in zip(last[1], about)):
             others = self._usable(model, now)[1]
-            last = self._parts = now, about, (others, parts_of_book(others, model.terms))
+            last = self._parts = now, about, (others, self._parts_of(model, others))
         return last[2]
 
     def _usable(self, model: Snapshot, now: pd.Timestamp) -> tuple[dict[str, Prediction], dict[str, Prediction]]:
@@ -594,12 +652,14 @@ class UltimateTradingAI(AsyncTwins):
         mine = {k: said[k][0] for k in symbols if k in said and said[k][1] is model}
         newest = max((p['data_time'] for p in mine.values() if p['data_time']), default=None)
         mine = {k: p for k, p in mine.items() if p['data_time'] == newest}
-        sound = {k: p for k, p in mine.items() if not doubts(p, model.terms, now, self.max_age, self.config.act_on)}
+        about = self._terms(model), now, self.max_age, self.config.act_on
+        sound = {k: p for k, p in mine.items() if not doubts(p, *about)}
         return mine, sound
 
     def _acts(self, live: Snapshot, there: dict[str, Prediction], now: pd.Timestamp) -> bool:
         "Whether the book may decide on predictions of one bar: the bar is the newest, the model is good enough"
-        def late(p): return doubts_of_bar(p, live.terms, now, self.max_age, self.config.act_on)
+        about = self._terms(live), now, self.max_age, self.config.act_on
+        def late(p): return doubts_of_bar(p, *about)
         return bool(there) and not any(p['data_time'] is None or late(p) for p in there.values())
 
     @own_settings()
@@ -608,7 +668,7 @@ class UltimateTradingAI(AsyncTwins):
     ) -> dict[str, float | None]:              # None: no usable prediction, keep what is held
         "Target weights of all coins of the model, from their last predictions; `next_weights` moves towards them"
         live = self.live()
-        return parts_of_book(self._usable(live, clock(now))[1], live.terms)
+        return self._parts_of(live, self._usable(live, clock(now))[1])
 
     @own_settings()
     def next_weights(self,
@@ -623,7 +683,8 @@ class UltimateTradingAI(AsyncTwins):
         there, sound = self._usable(live, now)
         nothing = dict.fromkeys(live.terms.symbols)
         if not self._acts(live, there, now): return nothing
-        decision = next_decision(self._decided, live, there, sound, weights, equity, min_confidence)
+        asked = weights, equity, min_confidence, self._agent(live)
+        decision = next_decision(self._decided, live, there, sound, *asked)
         if decision is None: return nothing
         if decision is not self._decided and self._home is not None: keep_decision(self._home, decision)
         self._decided = decision
@@ -635,7 +696,9 @@ class UltimateTradingAI(AsyncTwins):
     ) -> str:           # Folder of the new generation
         "Write the live model as a new generation; the last three stay"
         s, checkpoints, home = self.live(), self._checkpoints, Path(path or self.config.state_dir)
-        new = save_combined(s.forecaster, home, terms=asdict(s.terms), added=self._added, removed=s.removed)
+        agent = None if s.agent is None else to_plain(s.agent)
+        about = dict(terms=asdict(s.terms), added=self._added, removed=s.removed, agent=agent)
+        new = save_combined(s.forecaster, home, **about)
         keep_bars(home, s.name, self._bars(s))
         if self._decided is not None and self._decided.model in (s, None): keep_decision(home, self._decided)
         self._home = home
@@ -655,7 +718,8 @@ class UltimateTradingAI(AsyncTwins):
         check_followed(f, terms)
         if differ := differences(self._given, f, terms):
             raise StateError(f'the saved model does not fit this config: {"; ".join(differ)}')
-        live = Snapshot(f, with_its_ledger(terms), tuple(about.get('removed', ())))
+        live = Snapshot(f, with_its_ledger(terms), tuple(about.get('removed', ())), agent_of(about, home))
+        check_sizes(self.config.size_from, live)
         self._added, self._home = tuple(about.get('added', ())), home
         bars = kept_bars(home, live.name)
         mine = None if bars is None else bars[bars['symbol'].isin(live.coins)]
@@ -691,7 +755,7 @@ class UltimateTradingAI(AsyncTwins):
         "The winner goes live, and what happened is written down; StateError where another model went live meanwhile"
         if self.snapshot is not s:
             raise StateError('another model went live while this one was adapted: adapt that one')
-        if found.accepted: self.snapshot = Snapshot(found.model, found.terms, s.removed)
+        if found.accepted: self.snapshot = Snapshot(found.model, found.terms, s.removed, s.agent)
         told = dict(accepted=found.accepted, reason=found.reason, judged=found.judged,
                     cases=found.table().reset_index().to_dict('records'))
         append_line(Path(self.config.state_dir)/'adapted.jsonl', dict(now=clock(None), model=s.name) | told)

@@ -78,6 +78,7 @@ class Snapshot:
     forecaster: Combined
     terms: Terms
     removed: tuple = ()      # Coins that are not looked at any more
+    agent: object = None     # What may size positions in place of the policy; see 51_ppo
 
     @functools.cached_property
     def coins(self) -> list[str]: return [k for k in self.terms.symbols if k not in self.removed]

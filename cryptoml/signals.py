@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'POSITIVE', 'NUMBERS', 'WORDS', 'ACT_ON', 'SAID', 'DUST', 'Signal', 'why_of', 'hold', 'leaves', 'not_numbers',
            'MaxAge', 'duration', 'clock_says', 'levels_of', 'doubts_of_bar', 'doubts_of_forecast', 'doubts',
            'forecast_in_words', 'rests_on_in_words', 'reasons', 'less_in_words', 'Asked', 'asked_of', 'parts_of_book',
-           'others_in_words', 'make_signal', 'unsure', 'acted_on']
+           'others_in_words', 'against_in_words', 'make_signal', 'unsure', 'acted_on']
 
 # %% ../nbs/50_signals.ipynb #cd32809a
 from dataclasses import dataclass, replace
@@ -56,6 +56,7 @@ HELD = {
     'not sure enough': 'below the confidence asked for, or below one half',
     'few coins': 'a neutral book needs other coins',
     'other coins': 'its part of the neutral book does not go the way of its own forecast',
+    'agent': 'the agent that sizes positions goes against the forecast',
     'no position': 'the target is nothing, or less than is worth a trade',
 }
 
@@ -268,6 +269,11 @@ def others_in_words(w: float) -> str:
             f'is {part}; it belongs to the whole book, and is no signal by itself')
 
 # %% ../nbs/50_signals.ipynb #e5d72f60
+def against_in_words(w: float) -> str:
+    way, other = ('long', 'down') if w > 0 else ('short', 'up')
+    return f'agent: it wants to be {way} ({w:+.2f}) where the forecast leans {other}: nothing is done where they differ'
+
+# %% ../nbs/50_signals.ipynb #e5da816e
 def make_signal(
     p: Prediction,
     terms: Terms,
@@ -277,6 +283,7 @@ def make_signal(
     others: dict[str, Prediction] | None = None,   # Usable predictions of the model's other coins, of the same bar
     act_on: str = ACT_ON,                  # The worst word that is acted on
     parts: dict | None = None,             # `parts_of_book` of the others, where this prediction is among them
+    agent: str | None = None,              # Whose parts they are, in a sentence, where they are not the policy's
 ) -> Signal:
     "A prediction as an action; HOLD with the reason wherever it is doubtful"
     if min_confidence is not None and not 0 <= min_confidence <= 1:
@@ -289,15 +296,20 @@ def make_signal(
     said = dict(confidence=p['confidence'], regime=max(p['regime'], key=p['regime'].get))
     if why := unsure(p, least): return held(why_of(why), why, *reasons(p, terms, least)) | said
     book = (others or {}) | {p['symbol']: p}
-    if terms.declared.neutral and len(book) < COMPARED:
+    neutral = terms.declared.neutral and agent is None
+    if neutral and len(book) < COMPARED:
         return held('few coins', f'{len(book)} coins are forecast at this bar: a neutral book needs {COMPARED}, '
                     'give the bars of all coins of the model')
     w = (parts or parts_of_book(book, terms))[p['symbol']]
-    if terms.declared.neutral and abs(w) >= DUST and w * p['score'] <= 0:
-        return held('other coins', others_in_words(w))
-    known = held('no position', *reasons(p, terms, least)) | said | dict(target=w, position_size=min(abs(w), 1.))
+    if w is None: return held('agent', 'agent: inputs that it always had in training are missing', *p['notes'])
+    against = abs(w) >= DUST and w * p['score'] <= 0
+    if neutral and against: return held('other coins', others_in_words(w))
+    if agent and against: return held('agent', against_in_words(w), agent)
+    why = reasons(p, terms, least) + ([agent] if agent else [])
+    known = held('no position', *why) | said | dict(target=w, position_size=min(abs(w), 1.))
     return known if abs(w) < DUST else known | acted_on(p, terms, w)
 
+# %% ../nbs/50_signals.ipynb #a11a058c
 def unsure(p: Prediction, least: float | None) -> str | None:   # A sentence; None: sure enough
     "Whether the forecast is as sure as was asked"
     if least is None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'BOOK', 'STALE', 'Fold', 'spans', 'keep', 'nested', 'kept', 'pooled', 'not_refit', 'noisy', 'strange_bars',
-           'run_fold', 'done', 'walk', 'record_walk']
+           'set_beside', 'check_without', 'run_fold', 'done', 'walk', 'record_walk']
 
 # %% ../nbs/47_walkforward.ipynb #68542911
 import contextlib, hashlib, json, time
@@ -24,7 +24,7 @@ from .forecaster import ForecasterConfig, make_inputs
 from .gate import Declared
 from .ledger import Tried, read_ledger
 from .state import StateError, generations, load, save
-from .study import Evidence, Study, Trained, in_table, train_and_judge
+from .study import Evidence, Maker, Study, Test, Trained, in_table, train_and_judge
 from .verdict import OWN
 
 # %% ../nbs/47_walkforward.ipynb #2c173b20
@@ -194,6 +194,19 @@ def strange_bars(trained: Trained, study: Study, sources: dict) -> dict[str, flo
     first = sample[sample.coin == 0]
     return out | ({'a coin of noise': share(drawn, first)} if len(first) else {})
 
+# %% ../nbs/47_walkforward.ipynb #a0d8a0a4
+def set_beside(test: Test, other: Test, name: str):
+    "What another recipe said of the same bars, as a forecaster and a book of this test; DataError where they differ"
+    if not (np.array_equal(test.time, other.time) and np.array_equal(test.coin, other.coin)):
+        raise DataError(f'{name} forecasts {len(other.time):,} bars, the judged one {len(test.time):,}, and they are '
+                        'not the same: give sources that cover the same coins')
+    test.said[name], test.books[name] = other.said[OWN], other.books[OWN]
+
+def check_without(without: list[str], options: dict):
+    "DataError where a source that is to be left out is not there"
+    if lost := [k for k in without if options.get(k) is None]:
+        raise DataError(f'{lost[0]} cannot be left out, for it is not given')
+
 # %% ../nbs/47_walkforward.ipynb #e91aa58a
 def run_fold(
     bars,                   # As `read_panel` takes them
@@ -204,6 +217,8 @@ def run_fold(
     out: Path,              # Folder of the fold
     device: str = 'cpu',
     threads: int = 1,
+    further: dict[str, Maker] | None = None,   # Further books by name
+    without: list[str] = (),                   # Sources, each left out of a second forecast
 ) -> str:                   # The word about this fold, in words
     "Everything about one fold, from its bars to its evidence and its model"
     torch.set_num_threads(threads)
@@ -211,9 +226,14 @@ def run_fold(
     with open(out/'log.txt', 'a') as log, contextlib.redirect_stdout(log):
         panel, report = read_panel(bars, symbols, end=fold.ends)
         about = dict(digest=report.digest, refused=report.refused, test=fold.ends - fold.begins)
-        study = Study.of(panel, config.horizons, config.round_trip, **about | options)
-        trained = train_and_judge(study, config, out, device, most=8, fresh=False)
+        def judged(out, options, further=None):
+            study = Study.of(panel, config.horizons, config.round_trip, **about | options)
+            return study, train_and_judge(study, config, out, device, most=8, fresh=False, further=further)
+        study, trained = judged(out, options, further)
         test, sources = trained.judged.test, {k: v for k, v in options.items() if k not in SETTINGS}
+        for k in without:
+            name = f'without {k}'
+            set_beside(test, judged(out/name, {**options, k: None})[1].judged.test, name)
         test.said[STALE] = not_refit(trained, study)
         test.strange = strange_bars(trained, study, sources)
         save_combined(trained.model, out/'model', terms=asdict(trained.terms))
@@ -234,13 +254,17 @@ def walk(
     workers: int = 1,        # Processes
     device: str = 'cpu',
     threads: int = 1,        # Of each
+    further: dict[str, Maker] | None = None,   # Further books by name
+    without: list[str] = (),                   # Sources, each left out of a second forecast
 ) -> list[Evidence]:         # Of every fold, in their order
     "Run the folds that are missing, a process each, and read the evidence of all"
+    check_without(without, options)
+    more = device, threads, further, without
     folders = {f: Path(out)/f.name for f in folds}
     todo = [f for f in folds if not done(folders[f])]
     begun = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
-        given = {pool.submit(run_fold, bars, symbols, f, config, options, folders[f], device, threads): f for f in todo}
+        given = {pool.submit(run_fold, bars, symbols, f, config, options, folders[f], *more): f for f in todo}
         for future in as_completed(given):
             print(f'{given[future].name}  {time.perf_counter() - begun:.0f} s  {future.result()}', flush=True)
     return [kept(folders[f]/'evidence') for f in folds]

@@ -15,7 +15,9 @@ from cryptoml.combined import save_combined, weigh
 from cryptoml.data import PRICES, DataError, read_panel, to_panel
 from cryptoml.integration import UltimateTradingAI, with_its_ledger
 from cryptoml.newest import Prediction, Snapshot
+from cryptoml.ppo import PPO, Sizer, Training
 from cryptoml.simulate import simulate
+from cryptoml.state import StateError
 from cryptoml.study import Study, judge
 from cryptoml.verdict import OWN
 
@@ -61,15 +63,15 @@ class Desk:
     funding: pd.DataFrame | None
     intervals: dict = field(default_factory=dict)     # Of coin and close, as `predict` said them
 
-def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), **declared):
+def desk_of(bars, tmp, monkeypatch, funding=None, horizons=(4, 24), further=None, config=None, **declared):
     "With a network that was never trained: what it and the others say is judged like any other, and not refit"
     monkeypatch.setenv('CRYPTOML_LEDGER', str(tmp/'ledger.jsonl'))
     study = Study.of(to_panel(bars), horizons, funding=funding, **declared)
     f = weigh([untrained(study)], study.inputs, study.targets, study.parts)[0]
-    judged = judge(f, f, study, most=8)
+    judged = judge(f, f, study, most=8, further=further)
     f = replace(f, bands=copy.deepcopy(judged.test.before))                     # as a model that was judged is shipped
-    ai = UltimateTradingAI(dict(act_on='FAIL', horizons=list(horizons)), device='cpu')
-    ai.snapshot = Snapshot(f, judged.terms)
+    ai = UltimateTradingAI(dict(act_on='FAIL', horizons=list(horizons)) | (config or {}), device='cpu')
+    ai.snapshot = Snapshot(f, judged.terms, agent=further[PPO].agent if further else None)
     return Desk(study, ai, judged.test.plans, bars, funding), judged
 
 def as_said(desk, t):
@@ -202,6 +204,68 @@ def test_the_readme_loop_makes_the_judged_book(tmp_path, monkeypatch, coins, bar
     assert book.turnover[:hours].sum() > .1
     np.testing.assert_allclose(made, book.equity[:hours], rtol=0, atol=1e-4)
     same_intervals(desk, judged, hours)
+
+# ---- an agent that sizes positions
+
+def sized_desk(tmp, monkeypatch, coins=3, bars=4800):
+    pytest.importorskip('stable_baselines3', reason="pip install 'cryptoml[rl]'")
+    further = {PPO: Sizer(Training(steps=8192, lanes=16, rollout=32, batch=256))}
+    data = simulate(n_symbols=coins, n_bars=bars, seed=7).bars
+    return desk_of(data, tmp, monkeypatch, further=further, config=dict(size_from=PPO))
+
+def test_a_bot_that_follows_the_agent_makes_its_judged_book(tmp_path, monkeypatch):
+    "From the bars to the order: what the agent sees live is what it saw in the backtest, field by field"
+    desk, judged = sized_desk(tmp_path, monkeypatch)
+    first, hours = desk.study.bars('test').start, 24 * 8
+    made, book = through_predict(desk, first, hours), judged.test.books[PPO]
+    assert book.turnover[:hours].sum() > .1
+    np.testing.assert_allclose(made, book.equity[:hours], rtol=0, atol=1e-4)
+    other = judged.test.books[OWN]
+    assert np.abs(made - other.equity[:hours]).max() > 1e-3              # the check can fail: another book is another
+
+def test_a_signal_of_the_agent(tmp_path, monkeypatch):
+    desk, judged = sized_desk(tmp_path, monkeypatch)
+    ai, panel = desk.ai, desk.study.panel
+    word = judged.terms.further[PPO]
+    now = panel.time[-1] + panel.timeframe
+    ai.predict_sync(desk.bars, now=now)
+    targets = ai.target_weights(now)
+    said = {k: ai.get_trading_signal(k, 0., now) for k in targets}
+    assert {k: s['target'] for k, s in said.items() if s['target'] is not None}.items() <= targets.items()
+    of_agent = f'its size is that of the agent, whose book was judged {word}'
+    assert all(of_agent in s['reasoning'] for s in said.values() if s['why'] in (None, 'agent', 'no position'))
+    assert any(s['why'] in (None, 'agent') for s in said.values())
+    plain = replace(ai.snapshot, agent=None)
+    own = UltimateTradingAI(dict(act_on='FAIL', horizons=[4, 24]), device='cpu')
+    own.snapshot = plain
+    own.predict_sync(desk.bars, now=now)
+    assert own.target_weights(now) != targets
+
+def test_an_agent_goes_with_its_model(tmp_path, monkeypatch):
+    "Saved and loaded in one generation; what was not judged is refused, and what was judged FAIL holds"
+    desk, judged = sized_desk(tmp_path, monkeypatch)
+    ai, state = desk.ai, tmp_path/'state'
+    now = desk.study.panel.time[-1] + desk.study.panel.timeframe
+    ai.predict_sync(desk.bars, now=now)
+    targets = ai.target_weights(now)
+    ai.save_state(state)
+    again = UltimateTradingAI(dict(act_on='FAIL', size_from=PPO), device='cpu')
+    again.load_state(state)
+    again.predict_sync(desk.bars, now=now)
+    assert again.target_weights(now) == targets
+    s = ai.snapshot
+    def saved(name, **changed):
+        ai.snapshot = replace(s, **changed)
+        ai.save_state(tmp_path/name)
+        return tmp_path/name
+    with pytest.raises(StateError, match="has no agent.*size_from='ppo'"): again.load_state(saved('none', agent=None))
+    with pytest.raises(StateError, match='was not judged'):
+        again.load_state(saved('unjudged', terms=replace(s.terms, further={})))
+    assert again.target_weights(now) == targets                          # the one that was loaded stays
+    strict = UltimateTradingAI(dict(size_from=PPO), device='cpu')
+    strict.load_state(saved('failed', terms=replace(s.terms, verdict='PASS', further={PPO: 'FAIL'})))
+    strict.predict_sync(desk.bars, now=now)
+    assert {strict.get_trading_signal(k, 0., now)['why'] for k in targets} == {'judged'}
 
 COINS = ['BTCUSDT', 'ETHUSDT', 'BNBUSDT', 'XRPUSDT', 'ADAUSDT']
 
