@@ -24,7 +24,6 @@ with warnings.catch_warnings():
 from optuna.distributions import (
     BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json)
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import BasePruner, MedianPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage, JournalStorage
@@ -584,6 +583,7 @@ class HyperparameterOptimizer:
 
     def importance(self) -> pd.Series:
         "Share of each setting in what tells the best tenth of the complete trials from all (Watanabe et al. 2023)"
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances   # where it is, scikit-learn
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(done) < ENOUGH:
             raise TuneError(f'{len(done)} complete trials do not tell what is important: it needs {ENOUGH}')

@@ -51,6 +51,7 @@ class World(NamedTuple):
     onchain: pd.DataFrame    # Every day twice: as it was first published, and as it was revised two days later
     funding: pd.DataFrame
     news: pd.DataFrame       # `time` is that of the event, `known` that of its publication, up to 36 hours later
+    sentiment: pd.DataFrame  # Scored texts, likewise
 
 def world(seed, often) -> World:
     "Bars of three months, and on-chain values of the three months before them too"
@@ -61,7 +62,10 @@ def world(seed, often) -> World:
     events = extra[rng.random(len(extra)) < often]
     delay = rng.integers(6, 36, len(events)) * HOUR
     news = events[['time', 'symbol']].assign(known=events.time + delay, tone=events.noise_1)
-    return World(bars, pd.concat([first, revised]), m.funding, news)
+    texts = m.sentiment.assign(known=m.sentiment.time + rng.integers(6, 36, len(m.sentiment)) * HOUR)
+    return World(bars, pd.concat([first, revised]), m.funding, news, texts)
+
+BESIDE = 'onchain', 'funding', 'news', 'sentiment'
 
 OURS, THEIRS = world(5, often=.15), world(6, often=.05)
 BEGIN_TEST = OURS.bars.time.max() + HOUR - pd.Timedelta('20D')
@@ -82,12 +86,12 @@ def bars_with(ours, theirs, moment):
 def another_future(moment) -> World:
     "What was known until a moment is ours, and everything after it theirs"
     def rows(a, b): return pd.concat([a[a.known <= moment], b[b.known > moment]])
-    beside = {k: rows(getattr(OURS, k), getattr(THEIRS, k)) for k in ('onchain', 'funding', 'news')}
+    beside = {k: rows(getattr(OURS, k), getattr(THEIRS, k)) for k in BESIDE}
     return World(bars_with(OURS.bars, THEIRS.bars, moment), **beside)
 
 def until(w: World, moment) -> World:
     "What there is at a moment"
-    beside = {k: getattr(w, k)[lambda rows: rows.known <= moment] for k in ('onchain', 'funding', 'news')}
+    beside = {k: getattr(w, k)[lambda rows: rows.known <= moment] for k in BESIDE}
     return World(w.bars[w.bars.time + HOUR <= moment], **beside)
 
 # ---- what a user brings along
@@ -115,7 +119,7 @@ def own(w: World, **leaking) -> pd.DataFrame:
     made = [g[['time', 'symbol']].assign(known=g.time + HOUR, **{k: f(g) for k, f in columns.items()}) for g in coins]
     return pd.concat(made)
 
-def as_it_came(onchain): return onchain
+def as_it_came(frame): return frame
 
 # ---- the whole path
 
@@ -128,7 +132,7 @@ def unfitted(f, w, epoch, validate, settings, out, device):
     loss = np.nan if validate is None else validate(f.network)['loss']
     return pd.DataFrame(dict(epoch=[1], valid_loss=[loss], lr=[3e-3]))
 
-def walk(w: World, out, extra=own, days=as_it_came, steps=False) -> Walk:
+def walk(w: World, out, extra=own, days=as_it_came, texts=None, steps=False) -> Walk:
     "From bars to verdict; without `steps` the networks stay as they began, and some members are missing: a quick one"
     with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(io.StringIO()):
         m.setattr('cryptoml.study.importance', lambda *_: pd.Series(dtype=float))
@@ -137,8 +141,9 @@ def walk(w: World, out, extra=own, days=as_it_came, steps=False) -> Walk:
             m.setitem(sys.modules, 'lightgbm', None)
             m.delitem(LINES, 'logistic')
         panel, _ = read_panel(w.bars)
+        scored = {} if texts is None else dict(sentiment=texts(w.sentiment))
         study = Study.of(panel, CONFIG.horizons, test='20D', book='relative',
-                         extra=extra(w), onchain=days(w.onchain), funding=w.funding)
+                         extra=extra(w), onchain=days(w.onchain), funding=w.funding, **scored)
         return Walk(study, train_and_judge(study, CONFIG, out, 'cpu', fresh=False))
 
 # ---- what was stated, and when
@@ -218,11 +223,12 @@ def test_an_honest_path_trains_the_same_whatever_comes(trained, folder):
     other = walk(another_future(BEGIN_TEST), folder(), steps=True)
     assert changed(trained, other, BEGIN_TEST) == []
 
-def live_and_judged(w: Walk, moment, extra) -> tuple[np.ndarray, np.ndarray]:
+def live_and_judged(w: Walk, moment, extra, more=()) -> tuple[np.ndarray, np.ndarray]:
     "Scores that a bot gets at a moment, of what there is by then, and those that were judged"
     now, panel = until(OURS, moment), w.study.panel
     model = Snapshot(w.trained.model, w.trained.judged.terms)
-    said = predict_newest(model, now.bars, None, moment, extra(now), dict(onchain=now.onchain, funding=now.funding))
+    sources = dict(onchain=now.onchain, funding=now.funding) | {k: getattr(now, k) for k in more}
+    said = predict_newest(model, now.bars, None, moment, extra(now), sources)
     judged = w.trained.judged.test.plans[OWN].score[:, panel.time.get_loc(moment - HOUR)]
     return np.array([said[k]['score'] for k in panel.symbols], float), judged
 
@@ -377,6 +383,17 @@ def test_9_news_by_publication_are_honest():
 
 def test_9_news_by_the_time_of_the_event(folder):
     assert {READ, SPOKEN, TRADED} <= found_by(folder, extra=by_event)
+
+def scored_by_event(texts): return texts.assign(known=texts.time)
+
+def test_9_scored_texts_by_publication_are_honest(folder):
+    mine, other = (walk(w, folder(), texts=as_it_came) for w in (OURS, another_future(MID_TEST)))
+    assert 'sentiment_mean_24h' in mine.trained.model.names
+    assert changed(mine, other, MID_TEST) == []
+    np.testing.assert_allclose(*live_and_judged(mine, MID_TEST, own, ['sentiment']), atol=1e-5)
+
+def test_9_scored_texts_by_the_time_of_the_event(folder):
+    assert {READ, SPOKEN, TRADED} <= found_by(folder, MID_TEST + 8 * HOUR, texts=scored_by_event)
 
 def of_the_whole_sample(time, close, relate=forecaster.relate):
     "The relations of all bars, in every month"

@@ -18,6 +18,6 @@ def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
     assert gains and all(r['lo'] is None or r['lo'] <= r['value'] <= r['hi'] for r in gains)
     assert {'ppo', 'without extra'} <= {r['over'] for r in metrics['rows'] if r['target'] == 'book' and r['over']}
     report = (out/'report.html').read_text()
-    assert 'without extra' in report and 'constant fraction' in report
+    assert 'What a source is worth' in report and 'constant fraction' in report
     trials = [json.loads(t) for t in ledger.read_text().splitlines()]
     assert {'ppo', 'utility size', 'constant fraction', 'ensemble', 'walk-forward'} <= {t['name'] for t in trials}
