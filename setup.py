@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read("settings.ini", encoding="utf-8")
 s = ini["DEFAULT"]
-extras = {k: s[f"{k}_requirements"].split() for k in ("jobs", "exchange", "rl", "cluster", "docs", "dev")}
+extras = {k: s[f"{k}_requirements"].split() for k in ("jobs", "exchange", "sentiment", "rl", "cluster", "docs", "dev")}
 
 
 class WithJobs(build_py):

@@ -140,7 +140,7 @@ class Scale:
         return np.clip(np.nan_to_num(seen), -CLIP, CLIP).astype(np.float32)
 
 # %% ../nbs/51_ppo.ipynb #d9a1035a
-def in_range(s: 'Sizing') -> dict[str, bool]:   # Field to whether its number makes sense
+def in_range(s: object) -> dict[str, bool]:   # Field to whether its number makes sense
     def above(x): return is_number(x) and x > 0
     return dict(
         every=is_whole(s.every, 1),
@@ -710,7 +710,7 @@ def played(agent: Agent, world: World) -> Book:
     return play(agent, world.columns, world.sigma, world.close, world.account(), world.decide)
 
 # %% ../nbs/51_ppo.ipynb #2d96ab09
-def trainable(t: 'Training') -> dict[str, bool]:   # Field to whether its number makes sense
+def trainable(t: object) -> dict[str, bool]:   # Field to whether its number makes sense
     whole = ('steps', 'lanes', 'episode', 'rollout', 'epochs')
     return dict(
         **{k: is_whole(getattr(t, k), 1) for k in whole},

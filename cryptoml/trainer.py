@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'MEETINGS', 'SILENCE', 'BAD_IN_A_ROW', 'TrainerError', 'pick_device', 'of_tensors', 'to_device', 'mixed',
-           'epoch_seed', 'TrainConfig', 'adamw', 'rows_of', 'cut', 'weighted_mean', 'Ranks', 'of_torchrun', 'meeting',
-           'go_on_alone', 'threads_of', 'joined', 'train_epoch', 'pack', 'unpack', 'plot_learning', 'UltimateTrainer']
+           'epoch_seed', 'TrainConfig', 'adamw', 'steps_taken', 'warming', 'rows_of', 'cut', 'weighted_mean', 'Ranks',
+           'of_torchrun', 'meeting', 'go_on_alone', 'threads_of', 'joined', 'train_epoch', 'pack', 'unpack',
+           'plot_learning', 'UltimateTrainer']
 
 # %% ../nbs/30_trainer.ipynb #2abdd884
 import contextlib, hashlib, itertools, math, os, shutil, sys, time, traceback
@@ -95,6 +96,7 @@ class TrainConfig:
     lr_patience: int = 2        # Epochs without one before the learning rate falls
     lr_factor: float = 0.5      # By what it is multiplied then
     min_lr: float = 1e-6        # Where it stays
+    warmup: int = 0             # Steps in which the learning rate rises from nothing to lr
     average: float = 0.         # Decay a step of the running mean that is validated and kept; 0: the weights themselves
     seed: int = 0               # Of batches and dropout
     amp: bool = False           # bfloat16 in the forward pass, on GPUs that have it in hardware
@@ -107,6 +109,7 @@ class TrainConfig:
             ('lr', self.lr > 0, 'above 0'),
             ('clip', self.clip > 0, 'above 0'),
             ('patience', self.patience > 0, 'above 0'),
+            ('warmup', self.warmup >= 0, '0 or more'),
             ('average', 0 <= self.average < 1, 'in [0, 1)'),
             ('accumulate', self.accumulate > 0, 'above 0'),
             ('lr_factor', 0 < self.lr_factor < 1, 'between 0 and 1'),
@@ -132,6 +135,25 @@ def adamw(
         groups.append(dict(params=matrices, lr=r * lr, weight_decay=weight_decay))
         groups.append(dict(params=others, lr=r * lr, weight_decay=0.))
     return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+# %% ../nbs/30_trainer.ipynb #ef8d55c7
+def steps_taken(
+    optimizer: torch.optim.Optimizer,   # One that counts, such as AdamW
+) -> int:
+    return int(next((state['step'] for state in optimizer.state.values()), 0))
+
+@contextlib.contextmanager
+def warming(
+    optimizer: torch.optim.Optimizer,
+    warmup: int,   # Steps in which the learning rate rises; 0: none
+):
+    "Within it the learning rates of the next step are those of a slow beginning"
+    rise = min(1, (steps_taken(optimizer) + 1) / warmup) if warmup else 1
+    rates = [group['lr'] for group in optimizer.param_groups]
+    for group in optimizer.param_groups: group['lr'] *= rise
+    try: yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates): group['lr'] = rate
 
 # %% ../nbs/30_trainer.ipynb #69877145
 def rows_of(
@@ -339,6 +361,7 @@ def train_epoch(
     after: Callable|None = None,  # Called with the model after each step
     accumulate: int = 1,  # Pieces that a process computes its share of a batch in
     ranks: Ranks = ALONE,
+    warmup: int = 0,      # As for `warming`
 ) -> dict[str, float]:    # Means over the steps taken: 'loss' and the parts; and 'skipped', a count
     "One pass over the batches, a step each"
     totals = {}
@@ -354,7 +377,7 @@ def train_epoch(
             bad += 1
             if bad == BAD_IN_A_ROW: raise TrainerError(_hopeless(steps, value.item(), norm.item()))
             continue
-        optimizer.step()
+        with warming(optimizer, warmup): optimizer.step()
         if after: after(model)
         steps += 1
         bad = 0
@@ -529,7 +552,7 @@ class _Training(_State):
         bar = tqdm(batches(epoch, order), desc=f'epoch {epoch}', leave=False, disable=not shown)
         amp = c.amp and mixed(next(model.parameters()).device)
         train = train_epoch(model, bar, loss, self.optimizer, c.clip, amp, self.mean and self.mean.update_parameters,
-                            c.accumulate, self.ranks)
+                            c.accumulate, self.ranks, c.warmup)
         def seen():
             valid = _numbers(validate, self.kept.eval()) if validate else {}
             end = dict(lr=lr, skipped=train.pop('skipped'), seconds=time.perf_counter() - start)

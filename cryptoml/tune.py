@@ -583,10 +583,11 @@ class HyperparameterOptimizer:
 
     def importance(self) -> pd.Series:
         "Share of each setting in what tells the best tenth of the complete trials from all (Watanabe et al. 2023)"
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances   # where it is, scikit-learn
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(done) < ENOUGH:
             raise TuneError(f'{len(done)} complete trials do not tell what is important: it needs {ENOUGH}')
+        # imported here: where scikit-learn is installed it comes along, for half a second
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ExperimentalWarning)
             found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())

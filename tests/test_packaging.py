@@ -65,8 +65,8 @@ def test_constraints():
     text = (root/'constraints.txt').read_text()
     pinned = [Requirement(line) for line in text.splitlines() if line and line[0] != '#']
     pins = {canonicalize_name(r.name): str(r.specifier).removeprefix('==') for r in pinned}
-    extras = ('', 'jobs_', 'exchange_', 'rl_', 'cluster_', 'docs_', 'dev_')
-    wanted = [r for k in extras for r in s[f'{k}requirements'].split()]
+    kinds = ('', 'jobs_', 'exchange_', 'sentiment_', 'rl_', 'cluster_', 'docs_', 'dev_')
+    wanted = [r for k in kinds for r in s[f'{k}requirements'].split()]
     for r in map(Requirement, wanted):
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'constraints.txt does not fit {r}'
     assert version('torch').split('+')[0] == pins['torch'] and '://' not in text

@@ -430,6 +430,17 @@ def test_pieces_are_resumed_to_the_last_bit(tmp_path):
     assert bits(tmp_path/'cut') == bits(tmp_path/'through')
     with pytest.raises(TrainerError, match='accumulate=3 there and 1 now'): fit(tmp_path/'cut', plain(.2))
 
+def test_a_slow_beginning_is_resumed_to_the_last_bit(tmp_path):
+    "Fifteen steps of it, cut after some of them"
+    fit(tmp_path/'through', warmup=15)
+    fit(tmp_path/'cut', warmup=15, epochs=2)
+    fit(tmp_path/'cut', warmup=15)
+    assert bits(tmp_path/'cut') == bits(tmp_path/'through')
+    fit(tmp_path/'without')
+    assert bits(tmp_path/'without') != bits(tmp_path/'through')
+    assert fit(tmp_path/'cut', warmup=15).lr.tolist() == fit(tmp_path/'through', warmup=15).lr.tolist()
+    with pytest.raises(TrainerError, match='warmup=15 there and 0 now'): fit(tmp_path/'cut')
+
 def test_a_batch_that_weighs_nothing_is_skipped(tmp_path):
     def some(epoch, generator):
         for n, b in enumerate(odd(epoch, generator)): yield b | dict(weight=b['weight'] * (n > 0))
