@@ -10,7 +10,7 @@ __all__ = ['MEETING', 'LEAVING', 'BUSY', 'JobError', 'JobBusy', 'JobFailed', 'Pa
 
 # %% ../nbs/60_jobs.ipynb #5d1b8e3a
 import argparse, ast, builtins, contextlib, copy, difflib, hashlib, io, json, math, os, platform, re, signal, sys
-import tempfile, threading, time, tokenize, traceback
+import tempfile, time, tokenize, traceback
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -781,13 +781,6 @@ def live(
 # %% ../nbs/60_jobs.ipynb #b9e7626b
 BUSY = 75   # Exit code where another process has the folder: a temporary failure, in the words of sysexits.h
 
-def _follow(parent: int):
-    "End this process once another is not its parent any more"
-    def watch():
-        while os.getppid() == parent: time.sleep(.5)
-        os._exit(130)
-    threading.Thread(target=watch, daemon=True).start()
-
 class _Ended(KeyboardInterrupt):
     "torchrun asks this process to end"
 
@@ -798,7 +791,9 @@ def main(
 ) -> int:                           # Exit code
     "The command `cryptoml`"
     if argv is None: argv = sys.argv[1:]
-    if parent := os.environ.pop('CRYPTOML_FOLLOW', ''): _follow(int(parent))
+    if parent := os.environ.pop('CRYPTOML_FOLLOW', ''):
+        from cryptoml.state import end_with
+        end_with(int(parent))
     if 'TORCHELASTIC_RUN_ID' in os.environ: signal.signal(signal.SIGTERM, _end)
     try:
         if argv[:1] == ['trials']: return trials(argv[1:])

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'ABANDONED', 'StateError', 'InUse', 'replace_file', 'write_json', 'read_json', 'lock', 'discard',
-           'append_line', 'read_lines', 'append_chained', 'Chain', 'read_chained', 'ledger_file', 'generations', 'save',
-           'tidy', 'load', 'contents']
+           'end_with', 'append_line', 'read_lines', 'append_chained', 'Chain', 'read_chained', 'ledger_file',
+           'generations', 'save', 'tidy', 'load', 'contents']
 
 # %% ../nbs/03_state.ipynb #afdd9990
-import contextlib, errno, hashlib, json, math, os, platform, re, shutil, stat, sys, time, warnings
+import contextlib, errno, hashlib, json, math, os, platform, re, shutil, stat, sys, threading, time, warnings
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -251,6 +251,16 @@ def discard(
     except (StateError, OSError): return False
     _erase(hidden)
     return True
+
+# %% ../nbs/03_state.ipynb #9986d384
+def end_with(
+    parent: int,   # Process that started this one
+):
+    "End this process once another is not its parent any more, even by `kill -9`"
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(130)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/03_state.ipynb #67a3182b
 _BLOCK = 64 << 10   # Bytes that are read at a time

@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'BOOK', 'STALE', 'Fold', 'spans', 'keep', 'nested', 'kept
            'set_beside', 'check_without', 'run_fold', 'done', 'walk', 'record_walk']
 
 # %% ../nbs/47_walkforward.ipynb #68542911
-import contextlib, hashlib, json, time
+import contextlib, hashlib, json, os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
 from multiprocessing import get_context
@@ -23,7 +23,7 @@ from .data import DataError, Panel, read_panel, to_utc
 from .forecaster import ForecasterConfig, make_inputs
 from .gate import Declared
 from .ledger import Tried, read_ledger
-from .state import StateError, generations, load, save
+from .state import StateError, end_with, generations, load, save
 from .study import Evidence, Maker, Study, Test, Trained, in_table, train_and_judge
 from .verdict import OWN
 
@@ -219,8 +219,10 @@ def run_fold(
     threads: int = 1,
     further: dict[str, Maker] | None = None,   # Further books by name
     without: list[str] = (),                   # Sources, each left out of a second forecast
+    parent: int | None = None,                 # Process that this one ends with; None: it goes on alone
 ) -> str:                   # The word about this fold, in words
     "Everything about one fold, from its bars to its evidence and its model"
+    if parent is not None: end_with(parent)
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'log.txt', 'a') as log, contextlib.redirect_stdout(log):
@@ -259,7 +261,7 @@ def walk(
 ) -> list[Evidence]:         # Of every fold, in their order
     "Run the folds that are missing, a process each, and read the evidence of all"
     check_without(without, options)
-    more = device, threads, further, without
+    more = device, threads, further, without, os.getpid()
     folders = {f: Path(out)/f.name for f in folds}
     todo = [f for f in folds if not done(folders[f])]
     begun = time.perf_counter()

@@ -150,7 +150,7 @@ def test_killed_interrupted_and_continued(walk, ledger, capsys):
 
 def test_a_run_ends_with_the_process_that_started_it(tmp_path):
     "Also where that one is killed; without a job, whose kernel ends as a kernel does"
-    child = 'import os, time; from cryptoml.jobs import _follow; _follow(os.getppid()); ' \
+    child = 'import os, time; from cryptoml.state import end_with; end_with(os.getppid()); ' \
             'print(os.getpid(), flush=True); time.sleep(1000)'
     parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])'
     p = subprocess.Popen([sys.executable, '-c', parent], stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 """The walk-forward job from the command to its report, with a source left out and an agent beside the book"""
-import json, subprocess, sys
+import json, subprocess, sys, time
 
-import pytest
+import psutil, pytest
 
 def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
     pytest.importorskip('stable_baselines3', reason="pip install 'cryptoml[rl]'")
@@ -21,3 +21,25 @@ def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
     assert 'What a source is worth' in report and 'constant fraction' in report
     trials = [json.loads(t) for t in ledger.read_text().splitlines()]
     assert {'ppo', 'utility size', 'constant fraction', 'ensemble', 'walk-forward'} <= {t['name'] for t in trials}
+
+WALK = """
+from cryptoml.forecaster import ForecasterConfig
+from cryptoml.simulate import simulate
+from cryptoml.walkforward import spans, walk
+bars = simulate(n_symbols=3, n_bars=24 * 345, seed=4).bars
+walk(bars, None, spans('2022-11-01', '2022-12-01', 1), ForecasterConfig(epochs=50), {}, 'out')
+"""
+
+def test_a_fold_ends_with_the_walk_that_started_it(tmp_path):
+    "Also where that one is killed: a fold that goes on would write into the folder of the next walk"
+    p = subprocess.Popen([sys.executable, '-c', f'if __name__ == "__main__":\n    exec({WALK!r})'], cwd=tmp_path)
+    end = time.monotonic() + 300
+    while not list(tmp_path.glob('out/*/log.txt')):
+        assert p.poll() is None and time.monotonic() < end, 'no fold was begun'
+        time.sleep(.05)
+    folds = psutil.Process(p.pid).children(recursive=True)
+    assert folds
+    p.kill()
+    p.wait()
+    gone, alive = psutil.wait_procs(folds, timeout=300)
+    assert not alive
