@@ -839,8 +839,8 @@ def test_every_call_in_the_guide_is_one_that_there_is(name):
         inspect.signature(f).bind(*[None] * (own + len(call.args)), **{k.arg: None for k in call.keywords})
 
 def test_the_guide_is_short_and_places_no_order():
-    assert list(EXAMPLES) == ['The book that was judged', 'A bot of your own', 'Newer weights', 'Jesse', 'Hummingbot',
-                              'NautilusTrader']
+    assert list(EXAMPLES) == ['The book that was judged', 'A bot of your own', 'Newer weights', 'Sizes that are learnt',
+                              'News', 'Jesse', 'Hummingbot', 'NautilusTrader']
     for code in EXAMPLES.values(): assert not re.search(r'create_order|\.buy\(|\.sell\(|submit_order|self\.buy =', code)
 
 def modules_of(monkeypatch, **names):
