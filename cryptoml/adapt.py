@@ -110,7 +110,8 @@ def material(
     if lost := [k for k in terms.symbols if k not in panel.symbols]:
         raise DataError(f'no bars of {", ".join(lost)}: adapting needs every coin of the model')
     if panel.timeframe != pd.Timedelta(terms.timeframe):
-        raise DataError(f'the bars are of {panel.timeframe}, the model is of {terms.timeframe}')
+        raise DataError(f'the bars are of {panel.timeframe}, the model is of {terms.timeframe}: '
+                        'give bars of its length')
     panel = panel.only(terms.symbols)
     inputs = c.pick(make_inputs(panel, extra, c.first.engineer, **sources))
     targets = make_targets(panel, c.config.horizons, c.config.round_trip)

@@ -842,8 +842,13 @@ def coin_by_coin(
         warnings.simplefilter('ignore')
         return np.array([statistic(finite[code == c]) for c in range(code.max() + 1)])
 
-def usual_size(values: np.ndarray) -> np.ndarray: return np.nanmedian(np.abs(values), 0)
-def deviation(values: np.ndarray) -> np.ndarray: return np.nanstd(values, 0)
+def usual_size(values: np.ndarray) -> np.ndarray:   # [n, F] -> [F]
+    "Median of the absolute values"
+    return np.nanmedian(np.abs(values), 0)
+
+def deviation(values: np.ndarray) -> np.ndarray:   # [n, F] -> [F]
+    "Standard deviation"
+    return np.nanstd(values, 0)
 
 # %% ../nbs/40_audit.ipynb #b8466342
 class Reference:
@@ -1110,7 +1115,7 @@ def audit(
     warm_up=None,            # Bars declared to be enough: a number, or a mapping by feature; an engineer has its own
     cuts: int = 9,           # Places in time to try at random, besides odd bars
     n_bars: int = 3000,      # Newest bars of each coin to use; None: all
-    seed: int = 0,
+    seed: int = 0,           # Of the places that are tried at random
     tolerance: float = 1e-9, # Relative difference that counts as equal
     **sources,               # Other sources the features take: frames with `known`
 ) -> Audit:
@@ -1248,8 +1253,8 @@ def audit_positions(
     positions,       # Function: bars -> target weight of each row, decided at the bar's close
     bars,            # Bars of one or several coins
     returns=None,    # Function: bars -> simple return of each row or bar time, of a backtest; None: positions alone
-    seed: int = 0,
-    n_bars: int = 3000,
+    seed: int = 0,   # Of the places that are tried at random
+    n_bars: int = 3000, # Newest bars of each coin to use
     **options,       # As in `audit`
 ) -> Audit:
     "Whether positions see the future, and whether a backtest fills them at the close that decided them"

@@ -40,10 +40,14 @@ class Costs:
         return cls(borrow=borrow).scaled(round_trip / ROUND_TRIP)
 
     @property
-    def side(self): return self.fee + self.half_spread + self.slippage
+    def side(self) -> float | np.ndarray:
+        "Cost of entering, or of leaving, fraction of the traded value"
+        return self.fee + self.half_spread + self.slippage
 
     @property
-    def round_trip(self): return 2 * self.side
+    def round_trip(self) -> float | np.ndarray:
+        "Cost of entering and leaving, fraction of the traded value"
+        return 2 * self.side
 
     def scaled(self, k: float) -> 'Costs':
         "Trades k times as dear: 2 for the pessimistic case, 0 for none; interest stays"
@@ -354,9 +358,10 @@ def plot_equity(
     time,      # Opens [T]
     equity,    # Equity after costs [T]
     gross,     # Return before costs [T]
-    ax=None,
-    label='after costs',
+    ax=None,   # Axes to draw on; None: new ones
+    label='after costs', # Of the line after costs
 ):             # The axes
+    "Equity after costs, and before them as a thin line of the same colour"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6.5, 2.8))[1]
     line, = ax.plot(time, equity, label=label)
@@ -405,7 +410,9 @@ class Book:
             'break-even bp': break_even_bp(earned, traded),
         })
 
-    def plot(self, ax=None, label='after costs'): return plot_equity(self.time, self.equity, self.gross, ax, label)
+    def plot(self, ax=None, label='after costs'):
+        "As `plot_equity`"
+        return plot_equity(self.time, self.equity, self.gross, ax, label)
 
 # %% ../nbs/06_backtest.ipynb #ea26a5d5
 def _refuse(name, bad, words):
@@ -493,7 +500,7 @@ class Account:
     "Accounting bar by bar; an order is filled at the open after the decision at the earliest"
     def __init__(self,
         open,                       # Opens [N, T]; NaN where there is no bar
-        costs: Costs = Costs(),
+        costs: Costs = Costs(),     # Of every trade, and interest on shorts
         delay: int = 0,             # Further bars until the fill: 0 fills at the next open
         funding=None,               # Rate paid by longs at the open of each bar [N, T]; all NaN: not known
         mask=None,                  # False where a bar must not be traded [N, T]
@@ -566,7 +573,7 @@ class Account:
 def account_for(
     target,                     # Target weights decided at the close of each bar [N, T]; NaN keeps the position
     open,                       # Opens [N, T]; NaN where there is no bar
-    costs: Costs = Costs(),
+    costs: Costs = Costs(),     # Of every trade, and interest on shorts
     delay: int = 0,             # Further bars until the fill: 0 fills at the next open
     funding=None,               # Rate paid by longs at the open of each bar [N, T]; all NaN: not known
     mask=None,                  # False where a bar must not be traded [N, T]
@@ -621,10 +628,10 @@ def append_trial(
     book: Book,
     recipe: str,             # Digest of what was traded
     data: str,               # Digest of what it was traded on
-    seed: int | None = None,
+    seed: int | None = None, # Of what was traded; None: nothing was random
     name: str = '',          # For the person who reads the ledger
     question: str = '',      # Trials of one question are counted together, whatever their data
-    kind: str = 'backtest',
+    kind: str = 'backtest',  # What made it
 ) -> str:                    # Head of the ledger from now on
     "Write a book down in the ledger of trials (`ledger_file`)"
     days, returns = book.daily()
@@ -645,7 +652,7 @@ def append_trial(
 def backtest(
     target,                     # Target weights decided at the close of each bar [N, T]; NaN keeps the position
     open,                       # Opens [N, T]; NaN where there is no bar
-    costs: Costs = Costs(),
+    costs: Costs = Costs(),     # Of every trade, and interest on shorts
     delay: int = 0,             # Further bars until the fill: 0 fills at the next open
     funding=None,               # Rate paid by longs at the open of each bar [N, T]; all NaN: not known
     mask=None,                  # False where a bar must not be traded [N, T]

@@ -104,7 +104,9 @@ def persistence(train: Seen) -> Fitted:
     return lambda s: dict(direction=move(s.past), regime=state(now(s)), volatility=s.volatility[..., None])
 
 # %% ../nbs/23_baselines.ipynb #028bded3
-def with_one(x: np.ndarray) -> np.ndarray: return np.concatenate([x, np.ones((len(x), 1))], 1)   # [S, F] -> [S, F + 1]
+def with_one(x: np.ndarray) -> np.ndarray:   # [S, F] -> [S, F + 1]
+    "Inputs, and a one for the constant"
+    return np.concatenate([x, np.ones((len(x), 1))], 1)
 
 def softmax_regression(
     x: np.ndarray,       # Inputs [S, F], finite, about unit scale
@@ -138,6 +140,7 @@ def softmax_regression(
 HAR_SPANS = ('6h', '24h', '7D', '30D', '90D')
 
 def har_spans(timeframe) -> list[int]:   # Length of a bar -> bars, rising
+    "The first four of `HAR_SPANS` that differ in bars"
     return sorted({bars_of(span, timeframe) for span in HAR_SPANS})[:4]
 
 def realised(
@@ -153,6 +156,7 @@ def realised(
     return log_root(of_span(np.where(there, r2, 0)), of_span(there.astype(float)), span)
 
 def log_root(total: np.ndarray, n: np.ndarray, span: int) -> np.ndarray:   # Sums of squares, of how many
+    "Log of the root of the mean, NaN where fewer than half of the span are there"
     mean = np.maximum(total, 0) / np.maximum(n, 1)
     return np.where(n >= span / 2, 0.5 * np.log(mean + 1e-12), np.nan)
 
@@ -285,6 +289,7 @@ class LinearPredictor(nn.Module):
         self.head = QuantileHead(c.d_model, len(c.quantiles))
 
     def forward(self, past: Tensor, future: Tensor | None = None, static: Tensor | None = None) -> PredictorOutput:
+        "States and quantiles of the steps ahead"
         past, future, static = check_shapes(self.config, past, future, static)
         newest = torch.cat([past[:, -1], static], -1)
         states = self.now(newest).unflatten(-1, (self.config.steps, -1))   # [B, K, d]
@@ -312,6 +317,7 @@ class Embed(nn.Module):
         self.register_buffer('position', positions(first, length, d), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:   # [B, T, n] -> [B, T, d]
+        "Inputs at their positions"
         if self.linear is None: return self.position.expand(len(x), -1, -1)
         return self.linear(x) + self.position
 
@@ -331,6 +337,7 @@ class LSTMPredictor(nn.Module):
         self.head = QuantileHead(d, len(c.quantiles))
 
     def forward(self, past: Tensor, future: Tensor | None = None, static: Tensor | None = None) -> PredictorOutput:
+        "States and quantiles of the steps ahead"
         past, future, static = check_shapes(self.config, past, future, static)
         first = None
         if self.static:
@@ -363,6 +370,7 @@ class TransformerPredictor(nn.Module):
         self.register_buffer('future_mask', later(c.steps), persistent=False)
 
     def forward(self, past: Tensor, future: Tensor | None = None, static: Tensor | None = None) -> PredictorOutput:
+        "States and quantiles of the steps ahead"
         past, future, static = check_shapes(self.config, past, future, static)
         x = self.past(past)
         if self.static: x = x + self.static(static)[:, None]

@@ -299,6 +299,7 @@ class Network(nn.Module):
         ids: Tensor,    # Pieces [B, T]
         seen: Tensor,   # 1 where there is one, 0 behind the end [B, T]
     ) -> Tensor:        # Logits [B, 3]
+        "Encode the pieces, pool them, and read the outputs"
         out = self.encoder(input_ids=ids, attention_mask=seen)
         if self.pooling == 'first': return self.head(self.dropout(out.pooler_output))
         part = seen[..., None].to(out.last_hidden_state.dtype)
@@ -417,7 +418,8 @@ PIECES = 4096   # Of a batch, filled up
 
 def batches_of(
     lengths: np.ndarray,   # Pieces of each text [n]
-):                         # Gives arrays of positions: each text in one of them, the longest first
+):                         # Yields arrays of positions
+    "Every text in one batch, the longest first"
     order = np.argsort(-lengths, kind='stable')
     start = 0
     while start < len(order):
@@ -428,7 +430,8 @@ def batches_of(
 def padded(
     pieces: list[list[int]],    # Of each text of a batch
     fill: int,                  # The piece behind the end
-) -> tuple[Tensor, Tensor]:     # Pieces and where there is one [B, T]
+) -> tuple[Tensor, Tensor]:     # Pieces, and 1 where there is one [B, T]
+    "Texts of a batch, filled up to the longest"
     longest = max(map(len, pieces))
     ids = torch.tensor([p + [fill] * (longest - len(p)) for p in pieces])
     seen = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in pieces])
@@ -453,9 +456,12 @@ class Reader:
         self.unknown = self.tokenizer.token_to_id('[UNK]')
 
     def pieces(self, texts: list[str]) -> list[list[int]]:   # `texts`: as `readable` gives them
+        "What the network reads of each text"
         with _or_damaged('this model'): return [e.ids for e in self.tokenizer.encode_batch(texts)]
 
-    def says_something(self, pieces: list[int]) -> bool: return any(p != self.unknown for p in pieces[1:-1])
+    def says_something(self, pieces: list[int]) -> bool:
+        "Whether a piece between the marks is known"
+        return any(p != self.unknown for p in pieces[1:-1])
 
     def __call__(
         self,
@@ -486,9 +492,11 @@ def score_key(
     model: str,   # Digest of the model
     text: str,    # As `readable` gives it
 ) -> bytes:       # 32
+    "Under which a score is remembered"
     return hashlib.sha256(f'{model} {text}'.encode()).digest()
 
 def packed(key: bytes, p) -> bytes:   # `p`: three probabilities, or NaN
+    "The probabilities with their check, 20 bytes"
     numbers = np.asarray(p, '<f4').tobytes()
     return numbers + hashlib.sha256(key + numbers).digest()[:8]
 
@@ -516,6 +524,7 @@ class ScoreStore:
         self.warned = False
 
     def warn(self, what):
+        "Say once that nothing is remembered"
         if not self.warned: log.warning(f'scores are not remembered in {self.path}: {what}')
         self.warned = True
 
@@ -532,7 +541,9 @@ class ScoreStore:
             if not there: db.execute(_TABLE.replace('TABLE', 'TABLE IF NOT EXISTS'))
             yield db
 
-    def files(self) -> list[Path]: return [self.path.with_name(self.path.name + end) for end in ('', '-wal', '-shm')]
+    def files(self) -> list[Path]:
+        "The file and those that SQLite keeps beside it"
+        return [self.path.with_name(self.path.name + end) for end in ('', '-wal', '-shm')]
 
     def attempt(self, act):
         "What `act` gives of the opened table; None where that fails"
@@ -544,6 +555,7 @@ class ScoreStore:
             except (OSError, BertError) as e: return self.warn(e)
 
     def damaged(self) -> bool:
+        "Whether SQLite finds it damaged"
         try:
             with self.opened() as db: return db.execute('PRAGMA integrity_check(1)').fetchone() != ('ok',)
         except sqlite3.OperationalError: return False
@@ -599,6 +611,7 @@ class SentimentModel:
         self,
         texts: Iterable,     # Strings; None or NaN where there is none
     ) -> pd.DataFrame:       # A row a text: negative, neutral, positive, and score in [-1, 1]; NaN: nothing to read
+        "Probabilities and score of each text, in their order"
         given = readable(texts)
         keys = [score_key(self.digest, t) for t in given]
         known = self.store.read(list(dict.fromkeys(keys))) if self.store else {}

@@ -274,7 +274,9 @@ class Task:
         if self.classes: return [dict(objective='multiclass', num_class=self.classes)]
         return [dict(objective='quantile', alpha=a) for a in self.levels] or [dict(objective='regression')]
 
-    def known(self, y: np.ndarray) -> np.ndarray: return y >= 0 if self.classes else np.isfinite(y)
+    def known(self, y: np.ndarray) -> np.ndarray:
+        "Which labels are there"
+        return y >= 0 if self.classes else np.isfinite(y)
 
     def forecast(self, score: np.ndarray) -> np.ndarray:   # [..., forests, columns] -> [..., C], [..., Q] or [...]
         "Probabilities, quantiles or the mean"
@@ -286,7 +288,9 @@ class Task:
         if self.classes: return log_loss(y, probabilities(score))
         return pinball(y, score, self.levels[forest:forest + 1]) if self.levels else mse(y, score[:, 0])
 
+# %% ../nbs/26_boosting.ipynb #a9a9a4b0
 def probabilities(score: np.ndarray) -> np.ndarray:   # Log-odds [..., C], or [..., 1] of class 1 -> [..., C]
+    "Probabilities of the classes"
     from scipy.special import softmax
     return softmax(score if score.shape[-1] > 1 else np.concatenate([0 * score, score], -1), -1)
 
@@ -328,7 +332,9 @@ def line(
     else: w = softmax_regression(z, y, task.classes, l2)
     return (w[:, 1:] - w[:, :1] if task.classes == 2 else w)[:, None]
 
-def along(z: np.ndarray, w: np.ndarray) -> np.ndarray:   # [S, F], [F + 1, ...] -> scores [S, ...]
+# %% ../nbs/26_boosting.ipynb #0e14343d
+def along(z: np.ndarray, w: np.ndarray) -> np.ndarray:   # [S, F], [F + 1, ...] -> [S, ...]
+    "Scores of a line"
     return np.tensordot(with_one(z), w, 1)
 
 # %% ../nbs/26_boosting.ipynb #0136f3f2
@@ -346,6 +352,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, x: np.ndarray) -> 'Scale':   # [S, F], missing is NaN
+        "Mean and standard deviation of what is there"
         there = np.isfinite(x)
         center = np.where(there, x, 0).sum(0) / np.maximum(there.sum(0), 1)
         spread = np.sqrt((np.where(there, x - center, 0) ** 2).sum(0) / np.maximum(there.sum(0), 1))
@@ -442,7 +449,8 @@ class Boosted:
         return [[len(trees) // self.task.columns for trees in one.trees] for one in self.each]
 
     @functools.cached_property
-    def lines(self) -> np.ndarray:   # Weights of all horizons [F + 1, H, forests, columns]
+    def lines(self) -> np.ndarray:   # [F + 1, H, forests, columns]
+        "Weights of the lines of all horizons"
         return np.stack([one.weights for one in self.each], 1)
 
     def predict(self, x: np.ndarray) -> np.ndarray:   # [S, F] -> [S, H], quantiles [S, H, Q] or probabilities [S, H, C]
@@ -458,7 +466,9 @@ class Boosted:
         return away[..., None] * self.lines[:-1, :, 0, 0] + np.stack(by_trees, -1)
 
 # %% ../nbs/26_boosting.ipynb #c46b86c1
-def forest_name(j: int, k: int) -> str: return f'{j}.{k}.'    # Horizon and forest
+def forest_name(j: int, k: int) -> str:   # Number of the horizon, and of the forest
+    "With what the names of a forest's arrays begin"
+    return f'{j}.{k}.'
 
 def arrays_of(m: Boosted) -> dict[str, np.ndarray]:
     "A model by names, for a file"
@@ -511,9 +521,15 @@ BOOSTED = dict(
     volatility=Task(),
 )
 
-def newest(s: Seen) -> np.ndarray: return np.concatenate([s.x, s.har], 1)   # [S, F + R]
-def only_har(s: Seen) -> np.ndarray: return np.repeat([0., 1.], [s.x.shape[1], s.har.shape[1]])   # [F + R]
+def newest(s: Seen) -> np.ndarray:   # [S, F + R]
+    "The newest inputs and the regressors of HAR, side by side"
+    return np.concatenate([s.x, s.har], 1)
 
+def only_har(s: Seen) -> np.ndarray:   # [F + R]
+    "1 for the regressors of HAR, 0 for the inputs"
+    return np.repeat([0., 1.], [s.x.shape[1], s.har.shape[1]])
+
+# %% ../nbs/26_boosting.ipynb #6459e269
 SLIGHT = (1e-3,)    # A ridge too small to matter
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import ROUND_DOWN, Context, Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
@@ -337,20 +337,24 @@ class CryptoMLMixin:
         return self._ml_ai
 
     def informative_pairs(self):
+        "The bars of the model's coins, which freqtrade is to bring"
         futures = str(self.config.get('trading_mode', 'spot')).endswith('futures')
         like = 'X/X:' + self.config['stake_currency'] if futures else ''
         return [(like_pair(coin, like), self.timeframe) for coin in self.ml_ai().live().terms.symbols]
 
     def populate_indicators(self, dataframe, metadata):
+        "Columns of the model"
         return self.ml_columns(dataframe, metadata['pair'])
 
     def populate_entry_trend(self, dataframe, metadata):
+        "Enter where the word is BUY, or SELL where the strategy may go short"
         word = dataframe['ml_signal']
         dataframe.loc[word == 'BUY', ['enter_long', 'enter_tag']] = (1, 'ml')
         if self.can_short: dataframe.loc[word == 'SELL', ['enter_short', 'enter_tag']] = (1, 'ml')
         return dataframe
 
     def populate_exit_trend(self, dataframe, metadata):
+        "Exit where the word is another, unless nothing is known of the coin"
         word, known = dataframe['ml_signal'], ~dataframe['ml_why'].isin(UNKNOWN)
         dataframe.loc[known & (word != 'BUY'), 'exit_long'] = 1
         if self.can_short: dataframe.loc[known & (word != 'SELL'), 'exit_short'] = 1
@@ -418,9 +422,10 @@ class CryptoMLMixin:
 @dataclass(eq=False)
 class Regression:
     "A fitted model, as FreqAI keeps and asks it; arrays alone, so that it can be stored and used in any thread"
-    boosted: object     # Boosted
+    boosted: Any        # Boosted
 
     def predict(self, x) -> np.ndarray:   # Frame or array [S, F] -> [S, labels]
+        "Labels as it expects them"
         return self.boosted.predict(np.array(x, float))        # a copy: a frame's one row may be read-only
 
 def held_out(

@@ -55,8 +55,8 @@ def calibration_error(
     y: np.ndarray,        # Classes that came true [S]
     p: np.ndarray,        # Probabilities [S, K]
     independent: int,     # Independent ones among the samples
-    repeats: int = 50,
-    seed: int = 0,
+    repeats: int = 50,    # Simulated samples that chance is the mean of
+    seed: int = 0,        # Of the simulation
 ) -> CalibrationError:
     "ECE beside the ECE of outcomes drawn from the forecasts"
     rng = np.random.default_rng(seed)
@@ -81,6 +81,7 @@ class Scores:
         self.ordered = sorted(self.came)
 
     def add(self, score: float):
+        "One more; the oldest leaves where all places are taken"
         if len(self.came) == self.came.maxlen:
             del self.ordered[bisect_left(self.ordered, self.came[0])]
         self.came.append(score)
@@ -116,8 +117,8 @@ class Intervals:
     "Intervals of one target at one horizon, all coins together"
     def __init__(self,
         overlap: float,                # Labels that share an hour with a label: coins times steps of the horizon
-        levels: tuple = LEVELS,
-        groups: int = 3,
+        levels: tuple = LEVELS,        # Probabilities that the intervals are to hold
+        groups: int = 3,               # Thirds of volatility, each with scores of its own
         keep: int = KEEP,              # Scores of each group
     ):
         self.levels = levels
@@ -212,11 +213,17 @@ class Bands:
     def __setstate__(self, state): vars(self).update(state, lock=threading.Lock())
 
     @property
-    def levels(self) -> tuple: return self.each[0].levels
+    def levels(self) -> tuple:
+        "Probabilities that the intervals are to hold"
+        return self.each[0].levels
+
     @property
-    def overlaps(self) -> list[float]: return [i.overlap for i in self.each]
+    def overlaps(self) -> list[float]:
+        "Of each horizon, as `Intervals` takes it"
+        return [i.overlap for i in self.each]
 
     def said(self, reach: np.ndarray, third: int) -> list[Said]:   # Standard deviations of the return [H]
+        "The forecast's own intervals, normal ones around zero, a horizon each"
         return [Said(0., NORMAL * r, NORMAL * r, min(int(third), len(self.each[0].scores) - 1)) for r in reach.tolist()]
 
     def bounds(self, reach: np.ndarray, third: int) -> np.ndarray:   # [H, levels, 2]
@@ -282,8 +289,8 @@ def interval_arrays(i: Intervals) -> dict[str, np.ndarray]:
 # %% ../nbs/35_calibration.ipynb #b9afbc5b
 def intervals_of(
     arrays: dict[str, np.ndarray],   # As `interval_arrays` gives them
-    overlap: float,
-    levels: tuple = LEVELS,
+    overlap: float,                  # As in `Intervals`
+    levels: tuple = LEVELS,          # Probabilities that the intervals are to hold
 ) -> Intervals:
     "Intervals as they were; ValueError where the arrays cannot be a state"
     scores, offset, waiting, said, given = (arrays[k] for k in ('scores', 'offset', 'waiting', 'said', 'given'))

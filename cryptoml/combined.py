@@ -280,7 +280,8 @@ def untaught(horizons: tuple[int, ...], panel: Panel) -> Bands:   # Bars
 # %% ../nbs/37_combined.ipynb #5488895e
 @contextlib.contextmanager
 def step(what: str):
-    "A line about a step that takes its time"
+    "A step that takes its time: a line as it begins, and one that says how long it took"
+    log.info(what)
     begun = time.perf_counter()
     yield
     log.info(f'{what}  {time.perf_counter() - begun:.1f} s')
@@ -505,7 +506,7 @@ def rehearse(c: Combined):
         quiet=np.zeros(1),
         labels={},
     )
-    shapes = {k: (1, H, n) for k, n in (N_CLASSES | dict(volatility=len(c.levels))).items()}
+    shapes: dict[str, tuple[int, ...]] = {k: (1, H, n) for k, n in (N_CLASSES | dict(volatility=len(c.levels))).items()}
     shapes |= dict.fromkeys(('relative', 'mean_volatility'), (1, H))
     network = {k: np.zeros(shape) for k, shape in shapes.items()}
     try: mix = c.blend(dict(network=network) | {name: m(row) for name, m in c.members.items()})

@@ -75,7 +75,7 @@ def with_names(
     "Source of a function behind the numbers and functions it refers to"
     used = inspect.getclosurevars(f)
     lines = []
-    for name, v in (used.globals | used.nonlocals).items():
+    for name, v in {**used.globals, **used.nonlocals}.items():
         v = getattr(v, 'py_func', v)                          # a function that is compiled already
         if isinstance(v, (int, float, np.number)): lines.append(number_line(name, v))
         elif inspect.isfunction(v) and v is not f:
@@ -117,6 +117,7 @@ def cache_dir() -> Path | None:
         with contextlib.suppress(OSError, RuntimeError):                          # not there, full, read-only, no home
             folder = own_folder(place() if callable(place) else place, f'cryptoml-{me}')
             if folder and folder not in GIVEN_UP: return folder
+    return None
 
 # %% ../nbs/04_compile.ipynb #c0e6b857
 def write(

@@ -17,8 +17,8 @@ import math
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from .data import (DataError, find_columns, normalise_symbol, parse_timeframe, read_bars, refuse_early,
-                           source_rows, to_utc)
+from .data import (DataError, find_columns, normalise_symbol, parse_delay, parse_timeframe, read_bars,
+                           refuse_early, source_rows, to_utc)
 from .engine import Step, as_given, step
 from .technical import ROUNDING, mean_std, slide, whole
 
@@ -63,7 +63,7 @@ def numbers(
     try:
         values = x.to_numpy(dtype=float, na_value=np.nan)
     except (TypeError, ValueError):
-        raise DataError(f'{column}: not numbers but {x.dtype}, first {x.iloc[0]!r}') from None
+        raise DataError(f'{column}: not numbers but {x.dtype}, first {x.iloc[0]!r}: convert the column') from None
     return np.where(np.isfinite(values) & usable(values), values, np.nan)
 
 # %% ../nbs/14_crossexchange.ipynb #d13dac7c
@@ -76,7 +76,7 @@ def cross_frame(
 ) -> pd.DataFrame:       # time, known, symbol, venue, kind, close, volume, and open_interest where given
     "Bars of another venue as a source"
     frame = read_bars(bars)
-    known = frame['time'] + parse_timeframe(timeframe) + pd.Timedelta(delay)
+    known = frame['time'] + parse_timeframe(timeframe) + parse_delay(delay)
     frame = frame.assign(known=known, venue=venue, kind=kind)
     columns = ['time', 'known', 'symbol', 'venue', 'kind', 'close', 'volume']
     if isinstance(bars, pd.DataFrame) and 'open_interest' in bars:
@@ -104,7 +104,7 @@ def funding_frame(
     time, symbol = to_utc(raw[found['time']]), raw[found['symbol']]
     names = {s: normalise_symbol(s) for s in symbol.unique()}
     rate = numbers(raw[found['funding_rate']].to_frame('rate'), 'rate', np.isfinite)
-    known = time + pd.Timedelta(delay)
+    known = time + parse_delay(delay)
     return pd.DataFrame(dict(time=time, known=known, symbol=symbol.map(names).to_numpy(), funding_rate=rate))
 
 # %% ../nbs/14_crossexchange.ipynb #73bc13c8
@@ -199,7 +199,7 @@ def coded(
     missing = code < 0
     if missing.any():
         raise DataError(f'cross_exchange: {column} is missing in {missing.sum()} of {len(frame)} rows, '
-                        f'first row {missing.argmax()}')
+                        f'first row {missing.argmax()}: drop these rows, or fill it')
     return code, names.tolist()
 
 def by_series(
@@ -340,7 +340,7 @@ def funding_at_bars(
     code, names = pd.factorize(frame['symbol'])
     missing = code < 0
     if missing.any():
-        raise DataError(f'funding: symbol is missing in {missing.sum()} of {len(frame)} rows')
+        raise DataError(f'funding: symbol is missing in {missing.sum()} of {len(frame)} rows: drop them')
     x = numbers(frame, 'funding_rate', np.isfinite)
     pair = coin_and_quote(symbol)
     own = [k for k, name in enumerate(names) if coin_and_quote(name) == pair]

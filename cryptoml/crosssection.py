@@ -215,8 +215,13 @@ def cross(kind, name, column, formula, source) -> Cross:
     return Cross(f'{kind}_{name}', column, kind, rf'\mathrm{{{kind}}}\left[{formula}\right]', unit, source)
 
 # %% ../nbs/16_crosssection.ipynb #a5907cc1
-def log_return(p): return rf'\ln(C/C_{{t-{p}}})'
-def place(p): return rf'(C-L_{{{p}}})/(H_{{{p}}}-L_{{{p}}})'
+def log_return(p):
+    "Formula of the return over p bars"
+    return rf'\ln(C/C_{{t-{p}}})'
+
+def place(p):
+    "Formula of the close's place in the range of p bars"
+    return rf'(C-L_{{{p}}})/(H_{{{p}}}-L_{{{p}}})'
 
 LIU = 'Liu, Tsyvinski and Wu 2022'
 CROSSSECTION = [

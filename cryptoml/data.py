@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EARLIEST', 'LATEST', 'FIAT', 'STABLE', 'QUOTES', 'COINS', 'PRICES', 'CANDLE', 'EXTRA', 'LARGEST', 'JUMP', 'FAR',
-           'AGREE', 'WILD', 'WIDE', 'RECENT', 'LEVEL', 'LOTS', 'FROZEN', 'DataError', 'parse_timeframe', 'bars_of',
-           'to_utc', 'check_span', 'Instrument', 'read_name', 'normalise_symbol', 'standard_names', 'bar_columns',
-           'read_table', 'NoSymbol', 'read_bars', 'market_frame', 'read_each', 'usable', 'accept', 'widest', 'away',
-           'flow', 'changed', 'judge', 'judge_far', 'accepted', 'DataReport', 'clean', 'Panel', 'to_panel',
-           'clean_each', 'opens_of', 'from_finer', 'resample', 'read_panel', 'as_of', 'find_columns', 'check_columns',
-           'published', 'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
+           'AGREE', 'WILD', 'WIDE', 'RECENT', 'LEVEL', 'LOTS', 'FROZEN', 'DataError', 'parse_timeframe', 'parse_delay',
+           'bars_of', 'to_utc', 'check_span', 'Instrument', 'read_name', 'normalise_symbol', 'standard_names',
+           'bar_columns', 'read_table', 'NoSymbol', 'read_bars', 'market_frame', 'read_each', 'usable', 'accept',
+           'widest', 'away', 'flow', 'changed', 'judge', 'judge_far', 'accepted', 'DataReport', 'clean', 'Panel',
+           'to_panel', 'clean_each', 'opens_of', 'from_finer', 'resample', 'read_panel', 'as_of', 'find_columns',
+           'check_columns', 'published', 'when_known', 'refuse_early', 'microseconds', 'source_rows', 'Store']
 
 # %% ../nbs/00_data.ipynb #96761552
 import csv, datetime, functools, gzip, hashlib, html, json, math, os, re, sys
@@ -39,6 +39,16 @@ def parse_timeframe(
     except (ValueError, OverflowError): pass   # longer than a Timedelta can be
     raise DataError(f"timeframe {timeframe!r} is not a length of time: write it as '15m', '1h', '4h' or '1d'")
 
+def parse_delay(
+    delay,               # '12h', '10min', or a Timedelta
+    name: str = 'delay', # What it is called, for the sentence
+) -> pd.Timedelta:
+    "A time that passes until something is known, or is old"
+    try: found = pd.Timedelta(delay)
+    except (ValueError, TypeError, OverflowError): found = pd.NaT
+    if found is not pd.NaT: return found
+    raise DataError(f"{name} {delay!r} is not a length of time: write it as '10min', '12h' or '5D'")
+
 @functools.lru_cache
 def _written(text: str) -> pd.Timedelta | None:
     found = re.fullmatch(r'(\d+)(s|m|min|h|H|d|D)', text.strip())
@@ -50,6 +60,7 @@ def _timedelta(timeframe) -> pd.Timedelta | None:
     "A length of time from its text or its object, None where it is neither"
     if isinstance(timeframe, str): return _written(timeframe)
     if isinstance(timeframe, (datetime.timedelta, np.timedelta64)): return pd.Timedelta(timeframe)
+    return None
 
 # %% ../nbs/00_data.ipynb #1e733ee6
 def bars_of(
@@ -115,7 +126,8 @@ def to_utc(
     values = pd.Series(values).reset_index(drop=True)
     lost = values.isna()
     if lost.any():
-        raise DataError(f'{name}: {lost.sum()} of {len(values)} times are missing, first at row {lost.argmax()}')
+        raise DataError(f'{name}: {lost.sum()} of {len(values)} times are missing, first at row {lost.argmax()}: '
+                        'drop these rows')
     if len(values) and (values.dtype == object or pd.api.types.is_string_dtype(values.dtype)):
         number = pd.to_numeric(values, errors='coerce')
         if number.notna().all(): values = number
@@ -322,7 +334,8 @@ def _symbols(
     code, raw = pd.factorize(names)
     lost = code < 0
     if lost.any():
-        raise DataError(f'symbol: {lost.sum()} of {len(names)} rows have none, first row {lost.argmax()}')
+        raise DataError(f'symbol: {lost.sum()} of {len(names)} rows have none, first row {lost.argmax()}: drop them, '
+                        'or write the coin')
     new = standard_names(raw)
     if names.dtype == 'str' and list(raw) == new: return names
     return pd.Series(pd.Index(new, dtype='str').take(code))
@@ -353,7 +366,7 @@ def _plain(name) -> str:
 # %% ../nbs/00_data.ipynb #9ac36200
 def bar_columns(
     columns,              # Names of a table's columns, or the keys of a bar
-    symbol: str = None,   # The one symbol that they are of, where it is known
+    symbol: str | None = None,   # The one symbol that they are of, where it is known
 ) -> dict[str, str]:      # Standard name to the table's name, of the columns that are there
     "Where the standard columns are; a volume may be named after its currency"
     have = {_plain(c): c for c in reversed(list(columns))}
@@ -518,7 +531,7 @@ def _folder(
     "The files of each coin in a folder"
     files = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(_ENDINGS) and not p.name.startswith('.')]
     files = {p: _file_says(p) for p in files if not _NO_BARS.fullmatch(_stem(p))}
-    if not files: raise DataError(f'no bars in the folder {path}')
+    if not files: raise DataError(f'no bars in the folder {path}: no file there ends in {", ".join(_ENDINGS)}')
     if lost := [p.name for p, said in files.items() if said is None]:
         raise DataError(f'the folder {path} holds {lost[0]}, whose name does not say whose bars it holds '
                         f'({len(lost)} of {len(files)} files): pass a dict from symbol to file')
@@ -603,8 +616,8 @@ def _check_columns(
 
 def _columns(
     table: pd.DataFrame,  # With its own column names
-    symbol: str = None,   # The one symbol of this table
-    other: str = None,    # Its symbol where nothing else names it
+    symbol: str | None = None,   # The one symbol of this table
+    other: str | None = None,    # Its symbol where nothing else names it
 ) -> pd.DataFrame:        # Standard columns and dtypes, rows in their order
     "Standard columns of a table"
     column = bar_columns(table).get('symbol')
@@ -618,7 +631,8 @@ def _columns(
     time = to_utc(table[found['time']])
     if column is None: names = pd.Series(np.full(len(table), normalise_symbol(mine)), dtype='str')
     elif symbol is not None and (names != normalise_symbol(symbol)).any():
-        raise DataError(f'the data given as {symbol!r} holds {sorted(names.unique())[:5]}')
+        raise DataError(f'the data given as {symbol!r} holds {sorted(names.unique())[:5]} in its column symbol: '
+                        'give it under that name, or drop the column')
     numbers = {c: _number(table[found[c]], c) for c in (*CANDLE, *EXTRA) if c in found}
     return pd.DataFrame(dict(time=time, symbol=names) | numbers)
 
@@ -634,8 +648,8 @@ def _coins(
 
 def _all_bars(
     data,               # What `_opened` gives
-    symbol: str = None, # Name of the symbol where the data has no symbol column
-    other: str = None,  # The same where nothing else names it
+    symbol: str | None = None, # Name of the symbol where the data has no symbol column
+    other: str | None = None,  # The same where nothing else names it
 ) -> pd.DataFrame:      # Standard columns
     "Bars of all coins; DataError where one cannot be used"
     if isinstance(data, dict):
@@ -690,7 +704,7 @@ def read_bars(
     symbols=None,       # Symbols to keep, all when None
     start=None,         # First open time; naive is UTC
     end=None,           # Open time of the first bar left out
-    symbol: str = None, # Name of the symbol where the data has no symbol column
+    symbol: str | None = None, # Name of the symbol where the data has no symbol column
 ) -> pd.DataFrame:      # time, symbol, open, high, low, close, volume and the extra columns there are
     """Bars with standard columns, names and zone, rows in their order
 
@@ -703,7 +717,7 @@ def market_frame(
     symbols=None,       # Symbols to keep, all when None
     start=None,         # First open time; naive is UTC
     end=None,           # Open time of the first bar left out
-    symbol: str = None, # Name of the symbol where the data has no symbol column
+    symbol: str | None = None, # Name of the symbol where the data has no symbol column
 ) -> pd.DataFrame:      # Sorted by symbol, then time
     "The market frame: bars of every symbol in one long table, as they came (`clean` checks them)"
     bars = read_bars(data, symbols, start, end, symbol)
@@ -742,7 +756,7 @@ def read_each(
     symbols=None,       # Symbols to keep, all when None
     start=None,         # First open time; naive is UTC
     end=None,           # Open time of the first bar left out
-    symbol: str = None, # Name of the symbol where the data has no symbol column
+    symbol: str | None = None, # Name of the symbol where the data has no symbol column
     timeframe=None,     # Length of a bar, for a folder that has several
     finer: bool = False,   # Finer ones will do
 ) -> tuple:             # Bars as `read_bars` gives them; symbol to why it is left out
@@ -992,12 +1006,22 @@ def judge_far(L, open, high, low, close, volume, number, hour):
     else:
         L[_STEP] = math.log(open / before) + (L[_STEP] if waits else 0.)
         L[_HALTED] = 1. if halt else 0.
-        L[_FLOW], L[_NEXT_FIRST], L[_WAITING] = 0., number, 1
-    L[_NEXT_CLOSE], L[_NEXT_BAR], L[_NEXT_WHEN] = close, number, hour
+        L[_FLOW] = 0.
+        L[_NEXT_FIRST] = number
+        L[_WAITING] = 1
+    L[_NEXT_CLOSE] = close
+    L[_NEXT_BAR] = number
+    L[_NEXT_WHEN] = hour
     L[_FLOW] += math.log(volume) if volume > 0 else math.nan
     if L[_WAITING] > AGREE:
-        if changed(L): L[_CHANGE_BAR], L[_CHANGE_STEP], L[_COUNT] = L[_NEXT_FIRST], L[_STEP], 0
-        L[_CLOSE], L[_BAR], L[_WHEN], L[_WAITING] = close, number, hour, 0
+        if changed(L):
+            L[_CHANGE_BAR] = L[_NEXT_FIRST]
+            L[_CHANGE_STEP] = L[_STEP]
+            L[_COUNT] = 0
+        L[_CLOSE] = close
+        L[_BAR] = number
+        L[_WHEN] = hour
+        L[_WAITING] = 0
     return 0
 
 # %% ../nbs/00_data.ipynb #f70633e3
@@ -1712,7 +1736,7 @@ def _known(
             'the source has no column `known`: add it, or state the delay after the end of a period '
             'at which a value is published')
     time = source['time']
-    known = pd.Series(to_utc(source['known'], 'known')) if own else time + _period(time, code) + pd.Timedelta(delay)
+    known = pd.Series(to_utc(source['known'], 'known')) if own else time + _period(time, code) + parse_delay(delay)
     early = (known < time).to_numpy()
     if early.any():
         raise DataError(
@@ -1743,7 +1767,7 @@ def _decisions(when) -> pd.DataFrame:
 def as_of(
     when,                  # Decision times: DatetimeIndex or Series [n]; with `by` a frame or MultiIndex of both
     source: pd.DataFrame,  # `time`, `known` (or a `delay`) and the values
-    by: str = None,        # Column that tells the series apart, such as 'symbol'
+    by: str | None = None,        # Column that tells the series apart, such as 'symbol'
     delay=None,            # Time from the end of a period to its publication, where the source has no `known`
     max_age=None,          # Oldest `time` that still counts, before the decision; no limit when None
 ) -> pd.DataFrame:         # The source's columns, a row a decision, in their order; NaN where nothing is known
@@ -1759,7 +1783,7 @@ def as_of(
     right = _current(source, by, delay)
     out = pd.merge_asof(left, right, left_on='_when', right_on='known', by=by).sort_values('_row')
     values = out[list(right)]
-    if max_age is not None: values = values.where(out['_when'] - out['time'] <= pd.Timedelta(max_age))
+    if max_age is not None: values = values.where(out['_when'] - out['time'] <= parse_delay(max_age, 'max_age'))
     if by: values = values.assign(**{by: out[by]})
     return values.set_axis(when if isinstance(when, pd.Index) else when.index)
 
@@ -1797,7 +1821,7 @@ def when_known(
 ) -> pd.DatetimeIndex:           # datetime64[us, UTC] [n]
     "When each row was known: as it says, or with the delay of its vendor"
     if 'known' in frame: return to_utc(frame['known'], 'known')
-    return earliest + pd.Timedelta(delay)
+    return earliest + parse_delay(delay)
 
 # %% ../nbs/00_data.ipynb #04581ea4
 def refuse_early(

@@ -46,14 +46,14 @@ class Step:
 # %% ../nbs/10_engine.ipynb #d251641a
 def by_window(
     value,          # One value, or a function of the window
-    windows: list,  # Windows: numbers or tuples
+    windows: list | tuple,  # Windows: numbers or tuples
 ) -> list:          # One item a window
     "What a declaration says about each window"
     return [value(p) if callable(value) else value for p in windows]
 
 def spread(
     value,          # One value, a function of the window, or a tuple with an item an output
-    windows: list,  # Windows: numbers or tuples
+    windows: list | tuple,  # Windows: numbers or tuples
     n_out: int,     # Outputs a window
 ) -> list:          # One item an output, window by window
     "What a declaration says about each output"
@@ -397,6 +397,7 @@ def keep_past(M, history, B):
 
 # %% ../nbs/10_engine.ipynb #d16f60a6
 def walk(M, plan, X, number, Y, y0):
+    "Take in bars [bars, inputs] and fill Y [rows, bars] from column y0 on; -1, or the first row out of order"
     t, last = int(M[0]), int(M[1])                            # bars in the block; number of the last bar, -1: none
     B, max_gap = plan[0], plan[1]
     A, history, xin, out = tables_of(plan)
@@ -650,9 +651,13 @@ class Program:
         "All that one symbol remembers, before its first bar"
         return memory(self.size)
 
-    def state_bytes(self, M: np.ndarray) -> bytes: return to_bytes(M, self.digest)
+    def state_bytes(self, M: np.ndarray) -> bytes:
+        "A memory to keep"
+        return to_bytes(M, self.digest)
 
-    def restore(self, kept: bytes) -> np.ndarray: return from_bytes(kept, self.digest)
+    def restore(self, kept: bytes) -> np.ndarray:
+        "A memory that was kept; ValueError if it was written by other steps or is damaged"
+        return from_bytes(kept, self.digest)
 
 # %% ../nbs/10_engine.ipynb #ee8b465e
 def as_array(
@@ -670,8 +675,8 @@ class Engine(Program):
         self,
         X: np.ndarray,          # Bars of one symbol in order of time [bars, inputs]; a missing bar is left out or NaN
         number: np.ndarray,     # Absolute bar numbers, time // timeframe [bars], increasing
-        M: np.ndarray = None,   # Memory of the symbol (changed); default: start anew
-        Y: np.ndarray = None,   # Where to write [columns, at least y0 + bars]; default: a new array
+        M: np.ndarray | None = None,   # Memory of the symbol (changed); default: start anew
+        Y: np.ndarray | None = None,   # Where to write [columns, at least y0 + bars]; default: a new array
         y0: int = 0,            # First column of `Y` to write
     ) -> np.ndarray:            # [columns, bars], NaN where there is no value
         "Walk over bars"

@@ -65,6 +65,7 @@ class Rows:
 
     @classmethod
     def of(cls, batch) -> 'Rows':
+        "The samples of a batch; ContinualError where its tensors do not have equally many"
         tensors = flatten(batch)
         lengths = {name: v.shape[0] if v.ndim else None for name, v in tensors.items()}
         if not tensors or None in lengths.values() or len(set(lengths.values())) > 1:
@@ -81,6 +82,7 @@ class Rows:
         return {name: (list(v.shape[1:]), str(v.dtype).removeprefix('torch.')) for name, v in self.tensors.items()}
 
     def join(self, other: 'Rows') -> 'Rows':
+        "These samples and others of the same kind"
         if self.kind() != other.kind():
             raise ContinualError(f'samples of another kind: {other.kind()} where {self.kind()} is expected')
         return Rows({k: torch.cat([v, other.tensors[k].to(v.device)]) for k, v in self.tensors.items()}, self.form)
@@ -588,6 +590,7 @@ class ContinualLearner:
         for batch in batches: self.remember(batch)
 
     def losses_of(self, rows: Rows) -> Tensor:   # [N], on the CPU
+        "Loss of each sample, in evaluation mode"
         device = next(self.model.parameters()).device
         with evaluating(self.model), torch.no_grad():
             return self.losses(self.model, rows.map(lambda v: v.to(device)).batch()).cpu()

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from operator import itemgetter
+from typing import Callable
 import numpy as np, pandas as pd
 from .data import (CANDLE, DataError, Panel, accepted, bar_columns, normalise_symbol, parse_timeframe,
                            read_bars, to_utc)
@@ -33,7 +34,7 @@ from .sentiment import LOOKBACK as MONTH
 from .technical import TECHNICAL
 
 # %% ../nbs/17_features.ipynb #a37874c7
-FAMILIES = dict(                                     # name -> steps or crosses, in the order of their columns
+FAMILIES: dict[str, tuple] = dict(                   # name -> steps or crosses, in the order of their columns
     technical=TECHNICAL,
     onchain=ONCHAIN,
     microstructure=MICROSTRUCTURE,
@@ -236,8 +237,9 @@ def catalogue(
     return pd.DataFrame(rows)[CATALOGUE]
 
 # %% ../nbs/17_features.ipynb #d8435262
-ENTRY = dict(onchain=onchain_frame, orderbook=orderbook_frame, trades=trades_frame,   # checks and defaults of a frame
-             sentiment=sentiment_frame)
+# Checks and defaults of a frame
+ENTRY: dict[str, Callable] = dict(onchain=onchain_frame, orderbook=orderbook_frame, trades=trades_frame,
+                                  sentiment=sentiment_frame)
 
 def check_sources(
     sources: dict,         # Keywords as given
@@ -443,7 +445,9 @@ class FeatureStream(Memory):
         self._when = row.read(bar, sources)
         return row.X[0, CLOSE] if e.glance(self._M, e.plan, row.X, row.number) else np.nan
 
-    def add(self, more: dict): self._row.add(more)
+    def add(self, more: dict):
+        "Put in what the other coins did, columns by name"
+        self._row.add(more)
 
     def walk(self) -> np.ndarray:
         "Columns of the engine for the bar that was read, and NaN for the crosses"
@@ -664,6 +668,7 @@ class History(Aligned):
         return A[asked.hidden:]
 
 def history_of(panel: Panel) -> History:
+    "Coins of a panel, NaN where one has no bar"
     us = panel.time.as_unit('us').asi8
     values = np.where(panel.mask[..., None], panel.values, np.nan)
     coins = [Coin(s, dict(zip(panel.columns, values[n].T)), us) for n, s in enumerate(panel.symbols)]
@@ -700,7 +705,9 @@ class Selection:
     @cached_property
     def _live(self) -> Engine: return Engine(self._steps, self.engine_columns, self.inputs, block=8)
 
-    def catalogue(self) -> pd.DataFrame: return catalogue(self.families)
+    def catalogue(self) -> pd.DataFrame:
+        "What each of these features is"
+        return catalogue(self.families)
 
     @cached_property
     def own(self) -> dict[str, dict]:

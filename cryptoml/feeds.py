@@ -152,8 +152,14 @@ class Patience:
         "The pause after n tries beyond the first"
         self.sleep(min(self.pause * 2**n, LONGEST) * random.uniform(.5, 1.5))
 
-    def ask(self, what, call, again, never=(), stop=None):
-        "What the call gives; FeedError after so many errors of the kinds `again`, or after one of the kinds `never`"
+    def ask(self,
+        what: str,       # That is asked for, in the sentence
+        call,            # Without arguments
+        again,           # Kinds of errors after which it is asked again
+        never=(),        # Kinds of errors that asking again cannot mend
+        stop=None,       # threading.Event; once set, this try is the last one
+    ):                   # What the call gives
+        "Ask until there is an answer; FeedError after so many errors of the kinds `again`, or one of the kinds `never`"
         for n in range(self.retries + 1):
             try: return call()
             except again as e: error = e
@@ -211,7 +217,7 @@ def _careful(exchange):
 # %% ../nbs/28_feeds.ipynb #76ac391e
 def opened(
     exchange,           # Name in ccxt, or a synchronous object of ccxt
-    url: str = None,    # Base address in place of the exchange's own
+    url: str | None = None,    # Base address in place of the exchange's own
 ):
     "An exchange to ask; nothing is sent. FeedError in a sentence for what is none"
     if isinstance(exchange, str):
@@ -246,9 +252,12 @@ class Health:
     error: str | None = None             # Of the last of them
     since: pd.Timestamp | None = None    # When the first of them was
 
-    def works(self, last=None): self.last, self.failures, self.error, self.since = last or self.last, 0, None, None
+    def works(self, last=None):   # Time of what came, if it is newer
+        "An answer came"
+        self.last, self.failures, self.error, self.since = last or self.last, 0, None, None
 
-    def fails(self, error, now):
+    def fails(self, error: str, now: pd.Timestamp):
+        "None came, or no new bar; logged"
         self.failures += 1
         self.error, self.since = error, self.since or now
         log.warning('%s: %s (failure %d, since %s)', self.symbol, error, self.failures, self.since)
@@ -343,7 +352,11 @@ class Feed:
         by_id = [m['symbol'] for m in ids.get(written) or []]
         return next((k for k in (written, symbol, *by_id) if k in markets), None)
 
-    def market(self, symbol, perpetual=False, stop=None) -> str:
+    def market(self,
+        symbol: str,
+        perpetual=False,   # That of its perpetual
+        stop=None,         # threading.Event that says to give up
+    ) -> str:              # ccxt's name
         "What ccxt calls the market of a coin; a list of markets that lacks it is believed when it comes again"
         with self._turn:
             for reload in (False, *[True] * AGAIN):
@@ -426,8 +439,13 @@ class Feed:
             log.warning('%s: %s has no bar from %s to %s (%d), asked again', symbol, self.exchange.id, first, last, n)
         return frame
 
-    def since(self, start, end=None, progress=False, symbols=None) -> pd.DataFrame:
-        "Bars opened from `start` on and closed by `end` (the present when None), of some of the coins or of all"
+    def since(self,
+        start,            # Time
+        end=None,         # Time; None: the present
+        progress=False,   # Whether a bar moves on the terminal
+        symbols=None,     # Some of the coins; None: all
+    ) -> pd.DataFrame:    # Market frame
+        "Bars opened from `start` on and closed by `end`"
         now = self.clock()
         if end is not None: now = min(now, to_utc([end])[0])
         first = to_utc([start])[0].ceil(self.length)
@@ -436,7 +454,11 @@ class Feed:
         with tqdm(total=expected, desc=self.exchange.id, unit='bar', disable=not progress) as bar:
             return self._together([self._bars(s, first, now, bar=bar) for s in symbols])
 
-    def history(self, bars: int, now=None, progress=False) -> pd.DataFrame:
+    def history(self,
+        bars: int,        # Of each coin
+        now=None,         # Clock; None: `clock`
+        progress=False,   # Whether a bar moves on the terminal
+    ) -> pd.DataFrame:    # Market frame
         "The last so many closed bars of every coin; `newest` goes on from there"
         now = self.clock() if now is None else to_utc([now])[0]
         first = now.floor(self.length) - bars * self.length
@@ -444,7 +466,10 @@ class Feed:
             parts = {s: self._bars(s, first, now, bar=bar) for s in self.symbols}
         return self._together([self._given_now(s, part, now) for s, part in parts.items()])
 
-    def newest(self, now=None, deadline=30.) -> pd.DataFrame:
+    def newest(self,
+        now=None,         # Clock; None: `clock`
+        deadline=30.,     # Seconds; who is later is left out
+    ) -> pd.DataFrame:    # Market frame
         "Closed bars after those given last, of the coins that answered in time; first the one that has just closed"
         now = self.clock(patiently=False) if now is None else to_utc([now])[0]
         due = now.floor(self.length) - self.length
@@ -493,15 +518,22 @@ class Feed:
             return book_row(answer, symbol, pd.Timestamp.now('UTC') if now is None else now)
         return self._ask(f'order book of {symbol}', call, stop)
 
-    def books(self, now=None, deadline=30.) -> pd.DataFrame:
-        "The order books of the coins that answered in time: rows of `orderbook_frame`"
+    def books(self,
+        now=None,         # When they are known; None: when each came
+        deadline=30.,     # Seconds; who is later is left out
+    ) -> pd.DataFrame:    # Rows of `orderbook_frame`
+        "The order books of the coins that answered in time"
         at = pd.Timestamp.now('UTC').as_unit('us') if now is None else to_utc([now])[0]
         answers = self._side_by_side(lambda s, stop: self.book(s, now, stop), at, deadline, self.book_health)
         for symbol, row in answers.items(): self.book_health[symbol].works(row['time'].iloc[0])
         return pd.concat(answers.values(), ignore_index=True) if answers else orderbook_frame(_no_books())
 
-    def trades(self, symbol, now=None, limit=1000) -> pd.DataFrame:
-        "The last trades as rows of `trades_frame`; those that an earlier answer had have the same id"
+    def trades(self,
+        symbol: str,
+        now=None,         # When they are known; None: when they came
+        limit=1000,       # At most so many
+    ) -> pd.DataFrame:    # Rows of `trades_frame`
+        "The last trades; those that an earlier answer had have the same id"
         market = self.market(normalise_symbol(symbol))
         def call():
             answer = self.exchange.fetch_trades(market, limit=limit)
@@ -510,8 +542,12 @@ class Feed:
             return trade_rows(answer, symbol, pd.Timestamp.now('UTC') if now is None else now)
         return self._ask(f'trades of {symbol}', call)
 
-    def funding(self, start, end=None, symbols=None) -> pd.DataFrame:
-        "Settlements of the coins' perpetuals as a source: time, known, symbol, funding_rate (fraction per 8 h)"
+    def funding(self,
+        start,            # Time
+        end=None,         # Time; None: the present
+        symbols=None,     # Some of the coins; None: all
+    ) -> pd.DataFrame:    # time, known, symbol, funding_rate (fraction per 8 h)
+        "Settlements of the coins' perpetuals as a source"
         now = self.clock()
         if end is not None: now = min(now, to_utc([end])[0])
         symbols = self.symbols if symbols is None else [normalise_symbol(s) for s in symbols]

@@ -76,6 +76,7 @@ def class_weights(
     y: np.ndarray,    # Classes [n]
     power: float,     # 0: all sentences count alike; 1: all classes do
 ) -> np.ndarray:      # Weight of a sentence by its class [classes]; 1 in the mean over sentences
+    "How much a sentence of each class counts"
     counts = np.bincount(y, minlength=len(LABELS))
     w = (len(y) / counts.clip(1)) ** power
     return w * len(y) / (w * counts).sum()
@@ -124,6 +125,7 @@ def lexicon_score(
 def lexicon_class(
     texts: list[str],
 ) -> np.ndarray:    # Place in LABELS [n]
+    "The class by the sign of the score"
     return np.array([1 + int(np.sign(lexicon_score(t))) for t in texts], int)
 
 # %% ../nbs/56_finetune.ipynb #d857b2ee
@@ -226,6 +228,7 @@ class FinetuneConfig:
     def __post_init__(self): check_settings(_RULES, **asdict(self))
 
     def trainer(self) -> TrainConfig:
+        "What the loop is told of it"
         return TrainConfig(epochs=self.epochs, lr=self.lr, patience=self.patience, warmup=self.warmup,
                            average=self.average, seed=self.seed)
 

@@ -83,7 +83,9 @@ class Run(NamedTuple):
     done: bool = False         # Finished before
 
     @property
-    def log(self) -> Path: return self.out.with_name(f'{self.name}.log')
+    def log(self) -> Path:
+        "What it says, beside its folder"
+        return self.out.with_name(f'{self.name}.log')
 
 ENDING = 10   # Seconds that an interrupted run has to leave its folder in order
 
@@ -143,7 +145,9 @@ class Local:
         self.env = env
         self.there = {}     # Name to process
 
-    def start(self, run: Run): self.there[run.name] = begin(run, self.env, os.getcwd())
+    def start(self, run: Run):
+        "Begin a run"
+        self.there[run.name] = begin(run, self.env, os.getcwd())
 
     def ended(self, wait: float) -> list[Ended]:
         "Those that ended, as soon as there is one or some seconds are over"
@@ -155,9 +159,12 @@ class Local:
         for e in done: del self.there[e.name]
         return done
 
-    def is_gone(self, host: str) -> bool: return False   # a lock of this machine ends with its owner
+    def is_gone(self, host: str) -> bool:
+        "Never: a lock of this machine ends with its owner"
+        return False
 
     def stop(self):
+        "End all that are under way"
         end(list(self.there.values()))
         self.there.clear()
 
@@ -239,6 +246,7 @@ class OnRay:
         self.task = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(on_node)
 
     def start(self, run: Run):
+        "Hand a run to Ray"
         task = self.task.remote(run, self.env, os.getcwd(), [str(m) for m in self.marks])
         self.there[task] = run.name
 
@@ -263,6 +271,7 @@ class OnRay:
         return bool(alive) and not any(alive)
 
     def stop(self):
+        "End all that are under way, and the connection"
         with contextlib.suppress(Exception):
             for task in self.there: self.ray.cancel(task)
             if self.there: self.ray.wait(list(self.there), num_returns=len(self.there), timeout=ENDING + 5)
@@ -369,7 +378,8 @@ def _read(path: Path) -> dict:
     except StateError: return {}
     return found if isinstance(found, dict) else {}
 
-def state_of(out: Path, record: dict, metrics: dict) -> str:
+def state_of(out: Path, record: dict, metrics: dict) -> str:   # Its params.json and metrics.json
+    "finished, running, refused or interrupted"
     if metrics and not metrics.get('again'): return 'finished'
     if is_held(out): return 'running'
     return 'refused' if record.get('refused') else 'interrupted'
@@ -425,7 +435,7 @@ def runs_table(
 ) -> pd.DataFrame:                    # A row a run
     "The runs under a folder, newest first"
     root = Path(folder).absolute()
-    if not root.is_dir(): raise FleetError(f'{folder} is no folder')
+    if not root.is_dir(): raise FleetError(f'{folder} is no folder: name one that holds runs')
     outs = list(_folders(root))
     records = [_read(out/'params.json') for out in outs]
     rows = []

@@ -127,6 +127,7 @@ def own_columns(
 # %% ../nbs/36_forecaster.ipynb #9f16caa6
 @cache
 def engineer_with(own: tuple[str, ...], parts: tuple) -> AdvancedFeatureEngineer:   # Names, and what they stand for
+    "All families of ours and some of the user's, made once for each set of parts"
     return AdvancedFeatureEngineer([*FAMILIES, *own])
 
 def all_features(own: tuple[str, ...] = ()) -> AdvancedFeatureEngineer:   # Families of the user's own
@@ -286,7 +287,8 @@ class ForecasterConfig:
 def without_label(
     label: np.ndarray,    # [N, T, ...]
     ok: np.ndarray,       # Samples that can be read [N, T], bool
-) -> torch.Tensor:        # The same, -1 (classes) or NaN (numbers) elsewhere
+) -> torch.Tensor:        # The same shape
+    "Labels of the samples that can be read; -1 (classes) or NaN (numbers) elsewhere"
     none = label.dtype.type(-1 if label.dtype.kind == 'i' else np.nan)
     ok = ok.reshape(*ok.shape, *[1] * (label.ndim - 2))
     return torch.from_numpy(np.where(ok, label, none))
@@ -579,7 +581,8 @@ def read_all(
     w: Windows,            # Inputs as the network reads them
     date: np.ndarray,      # Bars [D], rising
     size: int,             # Dates at once
-) -> dict[str, np.ndarray]:   # What the network reads of each, rows by date and coin [D N, ...]
+) -> dict[str, np.ndarray]:   # By output, rows by date and coin [D N, ...]
+    "What the network says of all coins at these dates, in its own units"
     f.network.eval()
     parts = [f.network.read(w.batch(d.to(w.past.device))) for d in batches(torch.from_numpy(date), size)]
     return {k: np.concatenate([p[k].float().cpu().numpy() for p in parts]) for k in parts[0]}
@@ -652,6 +655,7 @@ def importance(
 
 # %% ../nbs/36_forecaster.ipynb #3af81968
 def by_lag(attention: np.ndarray) -> pd.DataFrame:   # [K, L + K] -> steps 1..K by lags L-1..-K
+    "Attention as a table: a row a step of the forecast, a column a bar by how long ago it was"
     K, T = attention.shape
     steps, lags = pd.RangeIndex(1, K + 1, name='step'), pd.RangeIndex(T - K - 1, -K - 1, -1, name='lag')
     return pd.DataFrame(attention, steps, lags)
@@ -744,7 +748,9 @@ def rebuild(config: NetworkConfig, weights: dict) -> Network:
     network.load_state_dict(weights)
     return network
 
-def tuples(d: dict) -> dict: return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}   # JSON has lists
+def tuples(d: dict) -> dict:
+    "Lists as tuples again: JSON has lists alone"
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
 
 FREE = ('groups', 'dropout', 'recompute', 'quantiles')   # Of a network; the rest follows from config and inputs
 

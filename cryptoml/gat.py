@@ -181,6 +181,7 @@ class GraphAttentionLayer(nn.Module):
         x: Tensor,         # [..., N, F]
         attend: Callable,  # (h, left, right, dropout) -> means and weights
     ) -> tuple[Tensor, Tensor|None]:  # [..., N, H * D] or [..., N, D]; the weights
+        "What each node takes from those it looks at, and the weights"
         _, H, D = self.W.shape
         p = self.dropout if self.training else 0.
         left, right = (self.W * self.a[:, None]).sum(-1)               # [F, H] each
@@ -226,6 +227,7 @@ def list_faults(
     edges: Tensor,        # Should be [2, E]
     weight: Tensor|None,  # Should be [E]
 ) -> list[str]:           # A sentence for each thing that does not fit
+    "What is wrong with a list of edges"
     shape = tuple(edges.shape)
     faults = []
     if len(shape) != 2 or shape[0] != 2: faults.append(f'edges {shape}, wanted (2, E)')
@@ -243,6 +245,7 @@ def table_faults(
     graph: Tensor|None,   # Should be bool [N, N] or [B, N, N]
     weight: Tensor|None,  # Should be [N, N] or [B, N, N]
 ) -> list[str]:           # A sentence for each thing that does not fit
+    "What is wrong with a table of pairs"
     one = nodes[-1], nodes[-1]
     each = (*nodes, nodes[-1])
     faults = []
@@ -303,7 +306,8 @@ class GraphAttentionNetwork(nn.Module):
         weight: Tensor|None = None, # Of the pairs or of the edges, not negative
         present: Tensor|None = None,# [B, N] bool, the nodes that are there
         attention: bool = False,    # Return the weights of every layer
-    ) -> GATOutput:                 # Without a graph all look at all
+    ) -> GATOutput:
+        "States of the nodes; without a graph all look at all"
         check_graph(self.config.n_in, x, graph, weight, present)
         nodes = x.shape[:-1]
         if present is not None: x = x.masked_fill(~present[..., None], 0)
@@ -356,6 +360,7 @@ class DynamicGraph(nn.Module):
         present: Tensor|None = None,  # [B, N] bool
         pairs: Tensor|None = None,    # [B, N, N, E], row looks at column, finite; None where E is 0
     ) -> Tensor:                      # [B, N, N] weights, rows sum to 1; at most k + 1 are not 0
+        "Whom each node looks at, and how much"
         if (pairs is None) != (self.slopes is None):
             given = 'not ' if pairs is None else ''
             n_pair = 0 if self.slopes is None else len(self.slopes)
@@ -397,6 +402,7 @@ class EdgeHead(nn.Module):
         past: Tensor,                 # [..., N, N, E] Fisher's z of the spans just past, NaN where not known
         present: Tensor|None = None,  # [..., N] bool
     ) -> Tensor:                      # [..., N, N] Fisher's z, symmetric; of a node with itself it says nothing
+        "Forecast correlations of the next window"
         if past.shape[-1] != len(self.slopes):
             raise ValueError(f'past correlations of {past.shape[-1]} spans, the head was built for {len(self.slopes)}')
         if present is not None: x = x.masked_fill(~present[..., None], 0)
@@ -439,7 +445,7 @@ def plot_attention_graph(
     for w, p in zip(weight.tolist(), pair.tolist()):
         looks, seen = divmod(p, N)
         if w: ax.annotate('', at[looks], at[seen], arrowprops=dict(alpha=w, lw=.5 + 1.5 * w, **style))
-    for k, (x, y) in enumerate(at): ax.text(x, y, names[k] if names else k, ha='center', va='center')
+    for k, (x, y) in enumerate(at): ax.text(x, y, names[k] if names else str(k), ha='center', va='center')
     ax.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect='equal')
     ax.axis('off')
     return ax

@@ -45,7 +45,7 @@ class Declared:
         coins: int,                  # How many
         horizons: tuple[int, ...],   # Bars ahead
         timeframe,                   # Length of a bar
-        long_only: bool = False,
+        long_only: bool = False,     # A spot account
     ) -> 'Declared':
         "What is declared before anything is measured; ValueError for a relative book of too few coins"
         if book == 'relative' and coins < COMPARED:
@@ -64,9 +64,14 @@ class Declared:
         return what + (', dollar and beta neutral' if self.neutral else ', long only' if self.long_only else '')
 
     @property
-    def neutral(self) -> bool: return self.kind == 'relative' and not self.long_only
+    def neutral(self) -> bool:
+        "Whether longs equal shorts, in money and in beta"
+        return self.kind == 'relative' and not self.long_only
+
     @property
-    def rival(self) -> str: return 'low volatility' if self.neutral else 'hold'
+    def rival(self) -> str:
+        "The book that it has to beat beside cash"
+        return 'low volatility' if self.neutral else 'hold'
 
     def policy(self, timeframe, **rules) -> Policy:
         "How it is traded"

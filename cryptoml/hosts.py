@@ -93,6 +93,7 @@ class Request(NamedTuple):
     limit: int          # Bars
 
     def by_name(self) -> dict:
+        "What may be asked, and the start in words"
         minutes = math.ceil(self.limit * parse_timeframe(self.timeframe) / pd.Timedelta('1min'))
         return self._asdict() | dict(start=f'{minutes} minutes ago UTC')       # as python-binance reads it
 
@@ -194,7 +195,9 @@ def member(x, name: str):
     try: return getattr(x, name, None)
     except Exception: return None
 
-def joined(*names: str) -> str: return '.'.join(filter(None, names))
+def joined(*names: str) -> str:
+    "A path of names, empty ones left out"
+    return '.'.join(filter(None, names))
 
 def follow(x, path: str):
     "What lies at the end of a path of names"
@@ -218,7 +221,9 @@ class Candles:
     def __repr__(self): return f'Candles({self.place})'
 
     @property
-    def place(self) -> str: return joined(type(self.bot).__name__, self.path, self.name)
+    def place(self) -> str:
+        "Where it is, for a sentence"
+        return joined(type(self.bot).__name__, self.path, self.name)
 
     @property
     def exchange(self) -> str | None:
@@ -313,7 +318,9 @@ EXCHANGES = ('exchange', 'exchanges', 'client', 'api', 'ccxt', 'connector', 'bro
 KEPT = ('data', 'candles', 'dataframes', 'ohlcv', 'ohlcvs', 'frames', 'bars')
 COINS_OF_A_BOT = ('symbols', 'pairs', 'symbol', 'pair', 'whitelist', 'pair_whitelist')
 
-def under(names: tuple) -> list[str]: return [x for name in names for x in (name, f'_{name}')]
+def under(names: tuple) -> list[str]:
+    "Names as they are, and as private ones"
+    return [x for name in names for x in (name, f'_{name}')]
 
 def coins_named(*places) -> list[str]:
     "Coins that a bot or its config speaks of, as they are written there"
@@ -388,11 +395,13 @@ def find_candles(
 
 # %% ../nbs/29_hosts.ipynb #00308094
 def two_places(bot, hits) -> DataError:
+    "The error of a bot with two different exchanges"
     places = ' and '.join(joined(*hit) for hit in hits)
     return DataError(f'{type(bot).__name__} has candles in {len(hits)} places, {places}: '
                      f'say which with config["candles"] = {hits[0][0]!r}')
 
-def none_found(bot, unfit: list[str]) -> DataError:
+def none_found(bot, unfit: list[str]) -> DataError:   # `unfit`: methods that were found and cannot be called
+    "The error of a bot without candles: where was looked"
     why = f' ({"; ".join(unfit)}, which nobody could know)' if unfit else ''
     return DataError(
         f'no candles found in {type(bot).__name__}{why}: looked for {", ".join(WAYS)} in it and in its '
@@ -464,13 +473,16 @@ class Line:
     why: str | None = 'not asked yet'   # In words; None: it is well
 
     def fail(self, why: str, now: pd.Timestamp, timeframe: pd.Timedelta):
+        "Its newest bar did not come: when to ask again"
         self.failures += 1
         self.since = self.since if self.failures > 1 else now
         self.again = now + min(PAUSE * 2 ** min(self.failures - 1, 20), timeframe)
         more = f' ({self.failures} times since {self.since:%Y-%m-%d %H:%M:%S})' if self.failures > 1 else ''
         self.why = why + more
 
-    def well(self): self.failures, self.since, self.again, self.why = 0, None, None, None
+    def well(self):
+        "Its newest bar is there"
+        self.failures, self.since, self.again, self.why = 0, None, None, None
 
 def next_close(now: pd.Timestamp, every: pd.Timedelta, phase: pd.Timedelta = pd.Timedelta(0)) -> pd.Timestamp:
     "The next moment after now at which a bar closes"
@@ -573,7 +585,8 @@ class Keeper:
 
     def start(self):
         "`run` beside the bot, in its loop or in a thread; DataError where its exchange needs a loop and none runs"
-        if self._running is not None and not self._running[1].done(): raise DataError('the keeper runs already')
+        if self._running is not None and not self._running[1].done():
+            raise DataError('the keeper runs already: stop it first')
         try: loop = asyncio.get_running_loop()
         except RuntimeError: loop = None
         if loop is not None and (self.candles.is_async or isinstance(self.candles, Frames)):

@@ -13,7 +13,7 @@ __all__ = ['AGES', 'OF_A_BOT', 'NOT_JUDGED', 'BOOK', 'BARS', 'PANDAS', 'Config',
 import asyncio, contextlib, copy, hashlib, json, threading, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
@@ -35,6 +35,7 @@ from .ppo import PPO, Agent, AgentError, Sizer, of_plain, sizes, to_plain
 from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
+from .simulate import is_simulated
 from .state import StateError, append_line, discard, load, read_json, save, tidy, write_json
 from .study import PLAIN_SIZES, Study, Terms, Trained, heads_of, train_and_judge, tuned
 from .targets import HORIZONS
@@ -374,7 +375,7 @@ def own_settings():
 
 def theirs() -> list:
     "What has to be set otherwise in this thread: each costs at every call into torch while it is set"
-    settings = []
+    settings: list = []
     if torch.get_default_device().type != 'cpu': settings.append(torch.device('cpu'))   # of tensors not told where
     if torch.is_inference_mode_enabled(): settings.append(torch.inference_mode(False))
     if not torch.is_grad_enabled(): settings.append(torch.enable_grad())
@@ -384,6 +385,10 @@ def theirs() -> list:
 # %% ../nbs/52_integration.ipynb #686ee71f
 class AsyncTwins:
     "What takes its time, to be awaited"
+    train_sync: Callable
+    predict_sync: Callable
+    adapt_sync: Callable
+
     async def train_from_historical_data(self,
         data,                                # Bars, as in `train_sync`
         symbols=None,                        # Coins, all when None
@@ -443,7 +448,7 @@ class UltimateTradingAI(AsyncTwins):
         self._decided = None                # the last decision about the book
         self._home = None                   # where the live model was saved or loaded
         self._online, self._guests = None, None    # the newest bars of the model, and with coins that were added
-        self._added = ()                    # coins that came after the training
+        self._added: tuple[str, ...] = ()                    # coins that came after the training
         self.keeper, self.startup = None, None     # what feeds it, and a training in the background, in a bot
         self._training = threading.Lock()
         if self.config.threads: torch.set_num_threads(self.config.threads)
@@ -479,7 +484,7 @@ class UltimateTradingAI(AsyncTwins):
         return {k: None if np.isnan(x) else float(x) for k, x in zip(symbols, w)}
 
     def needed_history(self) -> int:
-        "Closed bars of every coin of the live model that a prediction needs"
+        "How much history a first prediction needs: closed bars of every coin of the live model"
         return self.live().need
 
     def needed_sources(self) -> dict[str, list[str]]:
@@ -509,7 +514,7 @@ class UltimateTradingAI(AsyncTwins):
         s, name = self.live(), normalise_symbol(symbol)
         self._said.pop(name, None)
         if name in self._added: self._added, self._guests = tuple(k for k in self._added if k != name), None
-        elif name not in s.terms.symbols: raise DataError(f'{name} is not a coin of this model')
+        elif name not in s.terms.symbols: raise DataError(f'{name} is no coin of this model: {s.coins}')
         elif name not in s.removed: self._set(replace(s, removed=(*s.removed, name)))
 
     def _set(self, new: Snapshot):
@@ -553,6 +558,7 @@ class UltimateTradingAI(AsyncTwins):
             known = report.digest, c.borrow, c.question, report.refused
             study = Study.of(panel, c.horizons, c.round_trip, extra, *known, c.book, c.long_only,
                              features=c.features, **sources)
+            study = replace(study, simulated=is_simulated(data))
             size = pick_size(c.size, self.device)
             settings = ForecasterConfig(c.horizons, size, round_trip=c.round_trip, epochs=epochs, seed=c.seed,
                                         networks=c.networks)

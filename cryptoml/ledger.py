@@ -76,7 +76,9 @@ class Trial:
     count: int = 1        # Trials in this line
 
     @property
-    def known(self) -> bool: return len(self.returns) > 0 and bool(np.isfinite(self.returns).all())
+    def known(self) -> bool:
+        "Whether its returns are"
+        return len(self.returns) > 0 and bool(np.isfinite(self.returns).all())
 
     def overlaps(self, days: np.ndarray) -> bool:
         "Whether it saw a day of this span; one that does not say when saw them all"
@@ -333,7 +335,7 @@ def begin_trial(
     recipe: str,          # Digest that no other trial has
     question: str = '',   # The question it is to answer
     data: str = '',       # Digest of what it sees; '': not known
-    seed: int | None = None,
+    seed: int | None = None, # Of the search; None: not known
     first=None,           # First day it sees, ISO; None: not known, it counts whatever the days
     last=None,            # Last day it sees
 ) -> str:                 # Head of the ledger from now on

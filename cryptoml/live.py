@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOLD_BY', 'DAY', 'MEMORY', 'AGAIN', 'WAIT', 'PATIENCE', 'WIDE', 'HIGH', 'EDGE', 'FACTS', 'STYLE', 'REFRESH', 'SHOWN',
-           'PRICES', 'OF_SIGNAL', 'OF_PREDICTION', 'CLOSE', 'BODY', 'ROW', 'KNOWN', 'SECRET', 'COMMANDS',
+           'PRICES', 'OF_SIGNAL', 'OF_PREDICTION', 'CLOSE', 'BODY', 'ROW', 'KNOWN', 'SECRET', 'COMMANDS', 'PARSERS',
            'CommandError', 'load_ai', 'held_for', 'with_signals', 'say', 'answer', 'Paper', 'trimmed', 'merged',
            'sound', 'ExchangeClock', 'Settings', 'Live', 'in_a_line', 'cell', 'row_of', 'table', 'section', 'ago',
            'drawn', 'holdings', 'spoken', 'feeds', 'calibrated', 'heading', 'money', 'page', 'apart', 'differing',
            'named_state', 'spans', 'parity', 'Asked', 'given_bars', 'question', 'Desk', 'Handler', 'is_loopback',
-           'Server', 'parser_of', 'parsed', 'predict_command', 'serve_command', 'in_ccxt', 'live_parser', 'sources_for',
-           'function_named', 'show_parity', 'live_command', 'command']
+           'Server', 'parser_of', 'parsed', 'predict_parser', 'predict_command', 'serve_parser', 'serve_command',
+           'in_ccxt', 'live_parser', 'sources_for', 'alerts_of', 'function_named', 'show_parity', 'live_command',
+           'command']
 
 # %% ../nbs/54_live.ipynb #e60c921d
 import argparse, contextlib, hmac, html, ipaddress, json, os, secrets, socket, sys, threading, time
@@ -25,7 +26,7 @@ from .data import DataError, NoSymbol, clean_each, parse_timeframe, read_bars, t
 from .features import bring, import_from
 from .feeds import COINMETRICS, OBTAINED, Feed, Sources
 from .integration import UltimateTradingAI, clock, stored_name
-from .monitor import Journal, health_report
+from .monitor import Alerts, Journal, health_report
 from .newest import SPARE, without_forecast
 from .settings import is_number, log
 from .signals import WORDS, duration, hold, leaves
@@ -88,7 +89,7 @@ def answer(
         found = {symbol: ai.predict_sync(data, symbol, now=now)}
     if symbol is not None and symbol not in found: ai.predict_sync(data, symbol, now=now)    # says that it is no coin
     said = with_signals(ai, found if symbol is None else {symbol: found[symbol]}, now, least)
-    return dict(now=now.isoformat(), model=ai.model_name(), verdict=terms.verdict, said=said)
+    return dict(now=now.isoformat(), model=ai.model_name(), verdict=terms.judgement, said=said)
 
 # %% ../nbs/54_live.ipynb #fa0c222e
 class Paper:
@@ -103,14 +104,16 @@ class Paper:
         n = len(symbols)
         new = dict(symbols=self.symbols, began=None, start=float(equity), time=None, decided=None, equity=float(equity),
                    paid=0., traded=0., units=[0.] * n, last=[1.] * n, seen=[0] * n, cash=float(equity), orders={})
-        self.now = read_json(path) if self.path.exists() else new
+        self.now: dict = read_json(path) if self.path.exists() else new
         if lost := set(new) - set(self.now): raise StateError(f'{path} is not an account on paper: no {min(lost)}')
         if self.now['symbols'] != self.symbols:
             raise StateError(f'the account in {path} is of {", ".join(self.now["symbols"])}, the model of '
                              f'{", ".join(self.symbols)}: choose another folder with --out')
 
     @property
-    def time(self): return None if self.now['time'] is None else pd.Timestamp(self.now['time'])
+    def time(self) -> pd.Timestamp | None:
+        "Open of the last bar; None: there was none yet"
+        return None if self.now['time'] is None else pd.Timestamp(self.now['time'])
 
     def _account(self, time: pd.Timestamp, opens: np.ndarray) -> Account:
         "The account of the backtest between the last bar and this one"
@@ -144,7 +147,9 @@ class Paper:
         "Order towards weights at the next open; None: leave the coin as it is"
         self.now['orders'] = {k: float(w) for k, w in weights.items() if w is not None}
 
-    def save(self): write_json(self.path, self.now)
+    def save(self):
+        "Write the file, whole or not at all"
+        write_json(self.path, self.now)
 
 # %% ../nbs/54_live.ipynb #86938a89
 def trimmed(bars: pd.DataFrame, now: pd.Timestamp, timeframe: pd.Timedelta, most: int) -> pd.DataFrame:
@@ -180,7 +185,7 @@ class ExchangeClock:
         self.offset, self.measured = 0., None
 
     def measure(self):
-        "Half of the time that the answer took was its way back"
+        "Ask the exchange for its time; half of the time that the answer took was its way back"
         sent = self.wall()
         try: theirs = self.exchange.fetch_time() / 1000
         except Exception as e:
@@ -214,7 +219,8 @@ class Settings:
 # %% ../nbs/54_live.ipynb #3293a200
 class Live:
     "The loop: bars come in; signals, journal, account and page go out"
-    def __init__(self, ai, feed, folder, settings=None, clock=None, sleep=time.sleep, tell=print, sources=None):
+    def __init__(self, ai, feed, folder, settings=None, clock=None, sleep=time.sleep, tell=print, sources=None,
+                 alerts=None):
         self.ai, self.feed, self.folder, self.settings = ai, feed, Path(folder), settings or Settings()
         self.clock, self.sleep, self.tell = clock or ExchangeClock(feed.exchange), sleep, tell
         self.sources = sources or Sources(feed, folder=self.folder/'sources')
@@ -226,6 +232,7 @@ class Live:
         self.faults = deque(read_lines(self.folder/'faults.jsonl'), MEMORY)
         self.curve = deque(read_lines(self.folder/'equity.jsonl'), MEMORY)
         self.kept, self.said, self.wrong, self.reported = None, {}, {}, (None, None)
+        self.alerts, self.untold = alerts, []
 
     def opened(self) -> Paper:
         "The account as it is on the disk, or a new one"
@@ -242,6 +249,7 @@ class Live:
     def fault(self, where: str, what):
         "Write down what went wrong"
         self.faults.append(dict(time=self.clock().isoformat(), where=where, what=str(what)))
+        self.untold.append((where, str(what)))
         log.warning('%s: %s', where, what)
         try: append_line(self.folder/'faults.jsonl', self.faults[-1])
         except (StateError, OSError) as e: log.warning('the fault cannot be written: %s', e)
@@ -282,6 +290,7 @@ class Live:
             new = self.past(now) if self.kept is None else self.feed.newest(now, deadline=seconds)
         except Exception as e: return f'{type(e).__name__}: {e}'
         if len(new): self.kept = trimmed(merged(self.kept, new), now, self.bar, self.most)
+        return None
 
     def past(self, now: pd.Timestamp) -> pd.DataFrame:
         "The history of all coins; where it does not come as a whole, of those that have one"
@@ -294,6 +303,7 @@ class Live:
         return pd.concat(found, ignore_index=True)
 
     def history_of(self, symbol: str, now: pd.Timestamp) -> pd.DataFrame:
+        "All that a prediction looks at, of one coin"
         return self.feed.since(now - self.most * self.bar, now, symbols=[symbol])
 
     def follow_added(self, now: pd.Timestamp):
@@ -336,7 +346,16 @@ class Live:
         self.account.now['decided'] = close.isoformat()
         with self.guarded('account'): self.account.save()
         with self.guarded('page'): replace_file(self.folder/'status.html', page(self.status(now)).encode())
+        self.alert()
         return self.said
+
+    def alert(self):
+        "Tell whoever follows from afar what began to go wrong at this bar, a message of each kind"
+        untold, self.untold = self.untold, []
+        if self.alerts is None: return
+        for kind in dict(untold):
+            text = '; '.join(what for k, what in untold if k == kind)
+            self.alerts.send(kind, f'cryptoml live, {kind}: {text}', self.clock())
 
     def announce(self, now: pd.Timestamp):
         "Each signal as a line of the file and of the terminal"
@@ -372,7 +391,9 @@ class Live:
     def report(self, now: pd.Timestamp) -> dict | None:
         "What the monitor says, asked once a day; None: no forecast can be judged yet"
         if self.reported[1] and now - self.reported[0] < DAY: return self.reported[1]
-        try: self.reported = now, health_report(self.journal, None, self.terms)
+        try:
+            self.reported = now, health_report(self.journal, None, self.terms)
+            self.untold += [('monitor', why) for why in self.reported[1]['refit']['why']]
         except DataError as e: log.debug('no report: %s', e)
         except Exception as e: self.watch('report', 'the monitor', f'{type(e).__name__}: {e}')
         return self.reported[1]
@@ -385,9 +406,13 @@ def in_a_line(signal: dict) -> str:
             f'{signal["confidence"]:.2f}, stop {signal["stop_loss"]:.6g}, take {signal["take_profit"]:.6g}')
 
 # %% ../nbs/54_live.ipynb #cb060fdc
-def cell(x) -> str: return html.escape(str(x))
+def cell(x) -> str:
+    "Anything as escaped text"
+    return html.escape(str(x))
 
-def row_of(tag: str, cells) -> str: return f'<tr>{"".join(f"<{tag}>{x}</{tag}>" for x in cells)}</tr>'
+def row_of(tag: str, cells) -> str:   # 'th' or 'td', and finished cells
+    "A row of a table"
+    return f'<tr>{"".join(f"<{tag}>{x}</{tag}>" for x in cells)}</tr>'
 
 def table(head: list[str], rows: list[list], empty: str) -> str:
     "Rows of finished cells as HTML; a sentence where there are none"
@@ -436,7 +461,8 @@ def spoken(symbol: str, said: dict) -> str:
     signal = said['signal']
     known = {name: form.format(signal[name]) for name, form in FACTS.items() if signal[name] is not None}
     facts = ''.join(f'<span>{name.replace("_", " ")} <b>{cell(x)}</b></span>' for name, x in known.items())
-    action, first, *more = signal['action'], *signal['reasoning']
+    action = signal['action']
+    first, *more = signal['reasoning']
     why = f' <i>{cell(signal["why"])}</i>' if signal['why'] else ''
     others = ''.join(f'<li>{cell(x)}</li>' for x in more)
     details = f'<details><summary>why</summary><ul>{others}</ul></details>' if more else ''
@@ -507,8 +533,8 @@ def heading(s: dict) -> str:
     "The model, its word, and of which time all this is"
     now, terms = s['now'], s['terms']
     closes = [x['prediction']['data_time'] for x in s['said'].values() if x['prediction']['data_time']]
-    word = terms.verdict
-    return (f'<header><h1>cryptoml, on paper <b class="tag {cell(word.lower())}">{cell(word)}</b></h1>'
+    word = terms.verdict + ' SIMULATED' * terms.simulated
+    return (f'<header><h1>cryptoml, on paper <b class="tag {cell(terms.verdict.lower())}">{cell(word)}</b></h1>'
             f'<p>model {cell(s["model"])}, trained until {cell(terms.trained_until[:16])}, judged on data until '
             f'{cell(terms.data_until[:16])}</p>'
             f'<p>newest bar closed at {cell(ago(max(closes, default=None), now))}; '
@@ -660,7 +686,7 @@ class Desk:
         with self.lock:
             if bars is not None: self.kept = trimmed(merged(self.kept, bars), now, self.bar, self.most)
             said = say(self.ai, self.kept, now, least)
-            return dict(now=now.isoformat(), model=self.ai.model_name(), verdict=self.ai.live().terms.verdict,
+            return dict(now=now.isoformat(), model=self.ai.model_name(), verdict=self.ai.live().terms.judgement,
                         predictions={k: x['prediction'] for k, x in said.items()},
                         signals={k: x['signal'] for k, x in said.items()}) | self.step(asked, now)
 
@@ -678,7 +704,9 @@ class Handler(BaseHTTPRequestHandler):
     "One connection of the endpoint"
     timeout, protocol_version, server_version, sys_version = 10, 'HTTP/1.1', 'cryptoml', ''
 
-    def log_message(self, form, *values): log.debug('serve: ' + form, *values)
+    def log_message(self, form, *values):
+        "What the library would print"
+        log.debug('serve: ' + form, *values)
 
     def reply(self, status: int, content: dict):
         "Answer with JSON, and close after an error"
@@ -724,14 +752,16 @@ class Handler(BaseHTTPRequestHandler):
             status, said = 500, f'it could not be answered: {type(e).__name__}'
         self.reply(status, dict(error=' '.join(said.split())))
 
-    def do_GET(self): self.send_error(405, 'there is POST /predict, and nothing else')
+    def do_GET(self):
+        "Nothing is to be had by GET"
+        self.send_error(405, 'there is POST /predict, and nothing else')
 
 # %% ../nbs/54_live.ipynb #0dc4550d
 SECRET = 16     # Characters of a token, at least
 
 def is_loopback(host: str) -> bool:
     "Whether only this machine can reach that address; OSError where there is none"
-    found = {x[4][0].split('%')[0] for x in socket.getaddrinfo(host, None)}
+    found = {str(x[4][0]).split('%')[0] for x in socket.getaddrinfo(host, None)}
     return all(ipaddress.ip_address(x).is_loopback for x in found)
 
 class Server(ThreadingHTTPServer):
@@ -755,7 +785,9 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as e:
             raise CommandError(f'cannot listen on {host}, port {port}: {e}') from e
 
-    def handle_error(self, request, client_address): log.debug('serve: a connection broke', exc_info=True)
+    def handle_error(self, request, client_address):
+        "A connection that broke is no matter for the terminal"
+        log.debug('serve: a connection broke', exc_info=True)
 
 # %% ../nbs/54_live.ipynb #08c54e9b
 class _Parser(argparse.ArgumentParser):
@@ -778,23 +810,29 @@ def parsed(parser: _Parser, argv: list[str]) -> argparse.Namespace:
     return a
 
 # %% ../nbs/54_live.ipynb #ec6d521a
-def predict_command(argv: list[str]) -> int:
-    "`cryptoml predict`: one answer from a file of bars, as JSON"
+def predict_parser() -> _Parser:
     parser = parser_of('predict', 'what a model says of the bars in a file')
     parser.add_argument('--data', required=True, help='parquet or csv with bars of the coins of the model')
     parser.add_argument('--symbol', help='one coin; default: all of the model')
     parser.add_argument('--now', help='the clock, such as 2024-05-01T12:00; default: now')
-    a = parsed(parser, argv)
+    return parser
+
+def predict_command(argv: list[str]) -> int:
+    "`cryptoml predict`: one answer from a file of bars, as JSON"
+    a = parsed(predict_parser(), argv)
     print(json.dumps(answer(load_ai(a.state, a.act_on), a.data, a.now, a.symbol, a.least), indent=1))
     return 0
 
-def serve_command(argv: list[str]) -> int:
-    "`cryptoml serve`: answers over HTTP, until it is interrupted"
+def serve_parser() -> _Parser:
     parser = parser_of('serve', 'answers over HTTP, for a bot in any language; min_confidence is part of a question')
     parser.add_argument('--port', type=int, default=8765)
     parser.add_argument('--host', default='127.0.0.1')
     parser.add_argument('--anywhere', action='store_true', help='listen where other machines can reach it')
-    a = parsed(parser, argv)
+    return parser
+
+def serve_command(argv: list[str]) -> int:
+    "`cryptoml serve`: answers over HTTP, until it is interrupted"
+    a = parsed(serve_parser(), argv)
     given = os.environ.get('CRYPTOML_TOKEN')
     server = Server(load_ai(a.state, a.act_on), a.host, a.port, given, a.anywhere)
     print('POST http://{}:{}/predict'.format(*server.server_address), flush=True)
@@ -812,7 +850,9 @@ def in_ccxt(timeframe) -> str:
 
 # %% ../nbs/54_live.ipynb #610bddc2
 def live_parser() -> _Parser:
-    parser = parser_of('live', 'follows an exchange with paper money; places no order and reads no key')
+    "What `cryptoml live` may be told"
+    parser = parser_of('live', 'follows an exchange with paper money; places no order and reads no key; what goes '
+                       'wrong is told to the webhook in CRYPTOML_WEBHOOK (for Telegram, to the chat in CRYPTOML_CHAT)')
     parser.add_argument('--exchange', help='name in ccxt, such as binance')
     parser.add_argument('--paper', action='store_true', help='with paper money: there is nothing else')
     parser.add_argument('--out', default='runs/live', help='folder of signals, journal, account and page')
@@ -827,6 +867,7 @@ def live_parser() -> _Parser:
     parser.add_argument('--parity', metavar='FOLDER', help='compute the signals of a live run again, and compare')
     return parser
 
+# %% ../nbs/54_live.ipynb #bc5ad2a7
 def sources_for(ai: UltimateTradingAI, feed: Feed, extra: str | None, chain: str, folder) -> Sources:
     "Where a model gets what it reads beside bars; CommandError where it cannot be had"
     needed = ai.needed_sources()
@@ -836,6 +877,12 @@ def sources_for(ai: UltimateTradingAI, feed: Feed, extra: str | None, chain: str
         raise CommandError('this model reads columns of your own: name the function of coins and a time that gives '
                            'them from then on, such as --extra my_columns:newest')
     return Sources(feed, function_named(extra) if extra else None, chain=chain, folder=folder)
+
+def alerts_of(environment) -> Alerts | None:   # None: nobody is told
+    "Where what goes wrong is told: the webhook in CRYPTOML_WEBHOOK, and for Telegram its chat in CRYPTOML_CHAT"
+    address, chat = (environment.get(f'CRYPTOML_{name}') for name in ('WEBHOOK', 'CHAT'))
+    if not address: return None
+    return Alerts(address, **dict(chat_id=chat) if chat else {})
 
 def function_named(name: str):
     "The function that the user calls module:function; CommandError where there is none"
@@ -864,13 +911,15 @@ def live_command(argv: list[str]) -> int:
     terms = ai.live().terms
     for symbol in a.add.split(',') if a.add else []: ai.add_coin(symbol)
     feed = Feed(a.exchange, ai.coins(), in_ccxt(terms.timeframe), url=a.url)
-    live = Live(ai, feed, a.out, settings, sources=sources_for(ai, feed, a.extra, a.chain, Path(a.out)/'sources'))
+    sources = sources_for(ai, feed, a.extra, a.chain, Path(a.out)/'sources')
+    live = Live(ai, feed, a.out, settings, sources=sources, alerts=alerts_of(os.environ))
     print(f'page: {Path(a.out).absolute()/"status.html"}', flush=True)
     live.run(a.bars)
     return 0
 
 # %% ../nbs/54_live.ipynb #a6cc94b6
 COMMANDS = dict(predict=predict_command, live=live_command, serve=serve_command)
+PARSERS = dict(predict=predict_parser, live=live_parser, serve=serve_parser)
 
 def command(argv: list[str]) -> int:   # Exit code
     "Obey `predict`, `live` or `serve`; CommandError for what cannot be obeyed"

@@ -56,7 +56,9 @@ def stack(
     parts = [stack(m) for m in model]
     return None if None in parts else sum(parts, [])
 
-def laid(p: Tensor) -> Tensor: return p.mT if p.ndim == 2 else p[None]   # as a product takes it: [n, m] or [1, m]
+def laid(p: Tensor) -> Tensor:   # [m, n] or [m] -> [n, m] or [1, m]
+    "A parameter as a product takes it"
+    return p.mT if p.ndim == 2 else p[None]
 
 def products(
     x: Tensor,          # [T, ..., n]
@@ -98,6 +100,7 @@ def squared_error(
 def mean_loss(
     value,        # What a loss gave
 ) -> Tensor:      # Scalar
+    "The mean; MetaError where it is no tensor"
     if isinstance(value, Tensor): return value.mean()
     raise MetaError(f'the loss must give a tensor, got {type(value).__name__}')
 
@@ -116,7 +119,8 @@ def places(
 def mapped(
     f: Callable,
     tree,   # A tensor, or tuples, lists and dicts of them
-):          # The same with f of each tensor
+):
+    "The same structure with f of each tensor"
     if isinstance(tree, Tensor): return f(tree)
     if isinstance(tree, dict): return {k: mapped(f, v) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)): return type(tree)(mapped(f, v) for v in tree)
@@ -245,6 +249,7 @@ def check_tasks(
     return tasks.pop()
 
 def check_settings(lr: float, steps: int, order: int, rates: str):
+    "MetaError that names the setting, its rule and what was given"
     rules = [
         ('lr', lr, is_number(lr) and lr > 0, 'a number above 0'),
         ('steps', steps, is_whole(steps, 1), 'a whole number from 1'),
@@ -268,7 +273,7 @@ def _diverged(broken: list[str], support: tuple) -> str:
     return (f'the inner steps diverged, {len(broken)} tensors are not finite, first {broken[0]}: '
             'lower lr, take fewer steps, or scale inputs')
 
-def _validate(learner, valid: list) -> dict[str, float]:
+def _validate(learner, valid: list) -> dict[str, Tensor]:
     "Mean loss of the queries before adapting and after it"
     device = next(learner.parameters()).device
     curves = torch.cat([learner.evaluate(*to_device(batch, device)) for batch in valid], 1).mean(1)
@@ -316,7 +321,8 @@ class MetaLearningMAML(nn.Module):
         self,
         support: tuple,   # (inputs, labels), tensors [T, K, ...] or tuples and dicts of them
         query: tuple,     # (inputs, labels)
-    ) -> Tensor:          # Mean loss of the queries after the inner steps, scalar
+    ) -> Tensor:          # Scalar
+        "The outer loss: mean loss of the queries after the inner steps"
         T = check_tasks(*support, 'support')
         check_tasks(*query, 'query')
         own = {name: self.losses.spread(p, T) for name, p in self.start().items()}
@@ -344,7 +350,8 @@ class MetaLearningMAML(nn.Module):
         support: tuple,            # As for `forward`
         query: tuple,
         steps: int | None = None,  # Default: as many as are trained
-    ) -> Tensor:                   # [steps + 1, T]: loss of each task's query before the first and after each step
+    ) -> Tensor:                   # [steps + 1, T]
+        "Loss of each task's query before the first and after each step"
         check_tasks(*query, 'query')
         still = self.still()
         return torch.stack([still.losses(own, *query).detach() for own in still.paths(support, steps)])

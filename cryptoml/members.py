@@ -100,8 +100,8 @@ def find_members(
     valid: Seen,                              # Likewise of validation
 ) -> tuple[dict[str, Member], list[str]]:     # Members by name, and a sentence on each that cannot be had here
     "Every member, its settings found on validation and fitted to training"
-    found = {name: Lines.find(recipe, train, valid) for name, recipe in LINES.items()}
-    found = {name: m for name, m in found.items() if m.weights}
+    lines = {name: Lines.find(recipe, train, valid) for name, recipe in LINES.items()}
+    found: dict[str, Member] = {name: m for name, m in lines.items() if m.weights}
     try: return found | {name: Forests.find(train, valid, **how) for name, how in TREES.items()}, []
     except NoTrees as e: return found, [str(e)]
 

@@ -178,19 +178,28 @@ def accuracy_at_coverage(
     return kept @ correct.astype(float) / kept.sum(1)
 
 # %% ../nbs/05_metrics.ipynb #10b4a019
-def mae(y, pred) -> float:
+def mae(
+    y,         # Outcomes [S]
+    pred,      # Forecasts of them [S]
+) -> float:    # Unit of y
     "Mean absolute error"
     y, pred = _finite(y=y, pred=pred)
     return float(np.abs(y - pred).mean())
 
 # %% ../nbs/05_metrics.ipynb #03c6f57a
-def mse(y, pred) -> float:
+def mse(
+    y,         # Outcomes [S]
+    pred,      # Forecasts of them [S]
+) -> float:    # Squared unit of y
     "Mean squared error"
     y, pred = _finite(y=y, pred=pred)
     return float(np.square(y - pred).mean())
 
 # %% ../nbs/05_metrics.ipynb #e9a87a34
-def r2(y, pred) -> float:
+def r2(
+    y,         # Outcomes [S]
+    pred,      # Forecasts of them [S]
+) -> float:    # At most 1
     "Share of the variance of `y` explained; 0 for its mean, negative for less than that"
     y, pred = _finite(y=y, pred=pred)
     return float(1 - np.square(y - pred).sum() / np.square(y - y.mean()).sum())
@@ -242,8 +251,13 @@ def interval_score_loss(
     outside = np.maximum(lower - y, 0) + np.maximum(y - upper, 0)
     return upper - lower + 2 / (1 - level) * outside
 
-def interval_score(y, lower, upper, level: float) -> float:
-    "Mean interval score of central intervals"
+def interval_score(
+    y,               # Outcomes [S]
+    lower,           # Lower bounds [S]
+    upper,           # Upper bounds [S]
+    level: float,    # Share of outcomes that the central interval is to hold
+) -> float:          # Unit of y; smaller is better
+    "Mean of `interval_score_loss`"
     return float(interval_score_loss(y, lower, upper, level).mean())
 
 # %% ../nbs/05_metrics.ipynb #2618988f
@@ -260,8 +274,11 @@ def qlike_loss(
     return np.expm1(log_ratio) - log_ratio
 
 # %% ../nbs/05_metrics.ipynb #824b0b09
-def qlike(realised, pred) -> float:
-    "Mean QLIKE of volatility forecasts; both are standard deviations"
+def qlike(
+    realised,    # Realised volatility [S], a standard deviation, positive
+    pred,        # Forecast volatility [S], same unit
+) -> float:      # Without unit; 0 where every forecast is exact
+    "Mean QLIKE of volatility forecasts"
     return float(qlike_loss(realised, pred).mean())
 
 # %% ../nbs/05_metrics.ipynb #aed6d845
@@ -278,7 +295,7 @@ def unbiased(
 def rank_ic_series(
     score,             # Forecasts [N, T], NaN where a coin is absent
     outcome,           # Outcomes [N, T], NaN where unknown
-    min_coins: int = 3,
+    min_coins: int = 3,   # Fewest coins with both, for a bar that counts
 ) -> np.ndarray:       # Spearman correlation of each bar [T], NaN with fewer coins or without spread
     "Rank information coefficient of every bar"
     score = np.asarray(score, float)
@@ -498,7 +515,7 @@ def _sharpe_gain_of(sums):
 def interval_sharpe(
     returns,                      # Simple returns [T] per bar
     groups,                       # Day number of each bar [T]
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,  # Hours of a year; 365 for days
     over=None,                    # Returns of a baseline [T]: the gain over it
     **options,                    # level, overlap of `interval_sums`
 ) -> Interval:
@@ -565,7 +582,7 @@ def interval_auc(
     y,                  # True where positive [S], bool or 0/1
     score,              # The larger the likelier [S]
     groups,             # Day number of each sample [S]
-    level: float = .95,
+    level: float = .95, # Probability that the interval holds
     overlap: float = 0, # Days that a label reaches ahead
 ) -> Interval:          # That of `interval(auc, ...)`
     "Area under the ROC curve with its interval"
@@ -593,7 +610,7 @@ def sharpe_variance(
 # %% ../nbs/05_metrics.ipynb #58ab205c
 def sharpe_error(
     returns,                      # Simple returns [T] per bar
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,  # Hours of a year; 365 for days
     dependent: bool = False,      # Whether a return tells something of the next: the long-run variance
 ) -> float:                       # Standard error of `sharpe(returns, bars_per_year)`
     "Standard error of the Sharpe ratio of non-normal returns"
@@ -611,7 +628,7 @@ def sharpe_error(
 def psr(
     returns,                      # Simple returns [T] per bar
     benchmark: float = 0.,        # Sharpe ratio to beat, in the unit of `sharpe(returns, bars_per_year)`
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,  # Hours of a year; 365 for days
     dependent: bool = False,      # Whether a return tells something of the next
 ) -> float:                       # Probability, 0 to 1
     "Probabilistic Sharpe ratio (Bailey and López de Prado 2012, eq. 11)"
@@ -639,7 +656,7 @@ def track_record_length(
 def min_track_record(
     returns,                      # Simple returns [T] per bar
     benchmark: float = 0.,        # Sharpe ratio to beat, in the unit of `sharpe(returns, bars_per_year)`
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,  # Hours of a year; 365 for days
     level: float = .95,           # That the probabilistic Sharpe ratio is to reach, above .5
     dependent: bool = False,      # Whether a return tells something of the next
 ) -> float:                       # Bars; infinite where the ratio is not above the benchmark
@@ -677,7 +694,7 @@ def deflated_sharpe(
     returns,                      # Simple returns [T] of the chosen book
     n_trials: float,              # All trials made
     sd: float,                    # Standard deviation of the trials' annual Sharpe ratios
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,  # Hours of a year; 365 for days
     dependent: bool = False,      # Whether a return tells something of the next
 ) -> float:                       # Probability that the true ratio is above 0, 0 to 1
     "Probabilistic Sharpe ratio of the best of many trials (Bailey and López de Prado 2014, eq. 2)"
@@ -695,6 +712,7 @@ def break_even_accuracy(
 
 # %% ../nbs/05_metrics.ipynb #8239263d
 class DieboldMariano(NamedTuple):
+    "What the test of two forecasts says; NaN where there are too few days to tell"
     t: float        # Negative where the first forecast has the smaller loss
     p: float        # Two-sided: probability of such a difference between equal forecasts
     better: float   # One-sided: probability that an equal forecast does so much better; small where the first is better

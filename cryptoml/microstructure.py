@@ -18,7 +18,7 @@ __all__ = ['NAMES', 'SECOND', 'CLOCK_ERROR', 'LEVELS', 'BOOK_NAMES', 'SHAPE', 'F
 import math, warnings
 import numpy as np, pandas as pd
 from .data import DataError, normalise_symbol, to_utc
-from .data import check_columns, find_columns, published, refuse_early, source_rows, when_known
+from .data import check_columns, find_columns, parse_delay, published, refuse_early, source_rows, when_known
 from .engine import Step, as_given, step
 from .technical import slide, slide_size
 
@@ -34,7 +34,8 @@ def standard_symbols(
     code, unique = pd.factorize(names)
     missing = code < 0
     if missing.any():
-        raise DataError(f'{missing.sum()} of {len(code)} rows have no symbol, first row {missing.argmax()}')
+        raise DataError(f'{missing.sum()} of {len(code)} rows have no symbol, first row {missing.argmax()}: drop them, '
+                        'or write the coin')
     return pd.Index([normalise_symbol(s) for s in unique], dtype='str').take(code)
 
 # %% ../nbs/13_microstructure.ipynb #13f7c762
@@ -65,7 +66,7 @@ def stamped(
     raw, have = as_columns(raw, symbol)
     raw = published(raw)
     time = to_utc(raw[have['time']])
-    if pd.Timedelta(delay) < pd.Timedelta(0):
+    if parse_delay(delay) < pd.Timedelta(0):
         raise DataError(f'delay {delay} is negative: nothing is known before it happens')
     known = when_known(raw, time, delay)
     refuse_early(
@@ -148,7 +149,7 @@ def told(
 # %% ../nbs/13_microstructure.ipynb #da550aa5
 def orderbook_frame(
     raw: pd.DataFrame,  # time or timestamp, bid_price_1, bid_size_1, ask_price_1, ...; symbol; known, if recorded
-    symbol: str = None, # Of all rows, where there is no such column
+    symbol: str | None = None, # Of all rows, where there is no such column
     delay='100ms',      # From `time` to `known`, where there is no column `known`
 ) -> pd.DataFrame:      # time, known, symbol and float64 levels, sorted by symbol and known
     "Order books as this chapter reads them; rows that are no book are left out with a warning"
@@ -389,7 +390,7 @@ def signs_of(
 # %% ../nbs/13_microstructure.ipynb #019066e5
 def trades_frame(
     raw: pd.DataFrame,  # time or timestamp, price, quantity, buyer_is_maker (or the taker's side); symbol, id; known
-    symbol: str = None, # Of all rows, where there is no such column
+    symbol: str | None = None, # Of all rows, where there is no such column
     delay='100ms',      # From `time` to `known`, where there is no column `known`
 ) -> pd.DataFrame:      # time, known, symbol, price, quantity, buyer_is_maker, id (perhaps NaN), by symbol and known
     "Trades as this chapter reads them; rows that are no trade are left out with a warning"

@@ -12,7 +12,7 @@ __all__ = ['WORSE', 'BETS', 'HEAT', 'STARTS', 'REFIT', 'Entry', 'Journal', 'know
 import base64, json, urllib.error, urllib.request, zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from .backtest import Account, Book, Costs
@@ -111,7 +111,7 @@ class Entry:
     "A decision"
     now: pd.Timestamp      # The bot's clock
     model: str             # Name of the weights
-    journal: object        # The `Journal` it stands in
+    journal: Any           # The `Journal` it stands in
     file: Path             # Where it stands
     line: int              # Which of the file's lines it is
 
@@ -145,7 +145,9 @@ class Journal:
         self._read = self._follow = self._end = None, None   # Of each: what it is, and of which file (and size)
         self._kept = {}
 
-    def files(self) -> list[Path]: return sorted(self.folder.glob('journal-????-??.jsonl'))   # A month each, in order
+    def files(self) -> list[Path]:
+        "A file a month, in order"
+        return sorted(self.folder.glob('journal-????-??.jsonl'))
 
     def lines(self, file: Path) -> list[dict]:
         "The lines of a file, read once until it grows"
@@ -269,7 +271,9 @@ class Matured:
     def __len__(self) -> int: return len(self.time)
 
     @property
-    def day(self) -> np.ndarray: return self.time // (86400 * 10**6)   # Of the decision
+    def day(self) -> np.ndarray:   # [S]
+        "Days of the decisions since 1970"
+        return self.time // (86400 * 10**6)
 
     def __getitem__(self, where) -> 'Matured':
         "Of some samples"
@@ -520,6 +524,7 @@ def spells(
     returns: np.ndarray,   # Of days [..., D]
     held: np.ndarray,      # Whether there was a position [..., D], bool
 ) -> Spell:                # Arrays [...]
+    "The longest and deepest of each"
     equity = np.cumprod(np.maximum(1 + returns, 1e-9), -1)
     fall = 1 - equity / np.maximum(np.maximum.accumulate(equity, -1), 1.)
     return Spell(_longest(fall > 1e-12), fall.max(-1), _longest(~held))
@@ -564,7 +569,7 @@ REFIT = '30D'     # Age of the data at which weights are refit
 def refit_due(
     terms: Terms,
     now,                     # The bot's clock
-    alarms: list[str] = (),  # What rings: each is a reason
+    alarms: list[str] | tuple[str, ...] = (),  # What rings: each is a reason
     every=REFIT,             # Age of the newest bar of training
 ) -> dict:                   # due, age in days, why
     "Whether newer weights should be made"
@@ -590,7 +595,9 @@ class Rule:
             raise DataError('a rule needs whole days, looks and bars above 0 and a level between 0 and 1')
 
 # %% ../nbs/45_monitor.ipynb #9206f526
-def shadow_of(journal: Journal) -> Journal: return Journal(journal.folder/'shadow')   # What nobody acts on
+def shadow_of(journal: Journal) -> Journal:
+    "The journal of what nobody acts on"
+    return Journal(journal.folder/'shadow')
 
 def _declarations(journal: Journal) -> Path: return journal.folder/'declared.jsonl'
 
@@ -612,6 +619,7 @@ def declared(journal: Journal, model: str) -> tuple[pd.Timestamp, Rule] | None:
         try: found = line['model'], to_utc([line['now']])[0], Rule(**line['rule'])
         except (KeyError, TypeError) as e: raise StateError(f'{_declarations(journal)} holds no rules: {e}') from e
         if found[0] == model: return found[1:]
+    return None
 
 # %% ../nbs/45_monitor.ipynb #9cadad8d
 def _together(live: Matured, shadow: Matured, since: int) -> tuple[Matured, Matured]:

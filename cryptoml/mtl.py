@@ -67,6 +67,7 @@ class UncertaintyWeighting(nn.Module):
         losses: dict[str, Tensor],              # Mean loss of each task over its labels, scalars
         shares: dict[str, Tensor]|None = None,  # Share of samples with a label, scalars; default 1
     ) -> Tensor:                                # Scalar, nats
+        "The sum of the tasks' likelihoods"
         if losses.keys() != self.kinds.keys():
             raise ValueError(f'losses of {sorted(losses)} do not match the tasks {sorted(self.kinds)}')
         nll = {task: NLL[kind](losses[task], bounded(self.s[task])) for task, kind in self.kinds.items()}
@@ -96,6 +97,7 @@ class MultiTaskLearningHead(nn.Module):
         self,
         states: Tensor,        # [B, H, d]
     ) -> dict[str, Tensor]:    # Scores of direction [B, H, 3] and regime [B, H, 4]; volatility [B, H, Q]; others [B, H]
+        "What each task says at each horizon"
         if states.shape[-2:] != self.weight.shape[:2]:
             raise ValueError(f'states {tuple(states.shape)} do not end in [H, d] = {list(self.weight.shape[:2])}')
         z = torch.einsum('bhd,hdn->bhn', states, self.weight) + self.bias
@@ -186,6 +188,7 @@ class MultiTaskLoss(nn.Module):
         outputs: dict[str, Tensor],      # Of the head
         targets: dict[str, Tensor],      # As in `multi_task_losses`, with `scaled`: z [B, H], and `cost` [B, H]
     ) -> tuple[Tensor, dict[str, Tensor]]:  # Scalar to minimise; mean loss by task, that of `size` is minus utility
+        "Loss of a batch"
         losses, shares = multi_task_losses(outputs, targets, self.quantiles)
         size = -utility(outputs['size'], targets['scaled'], targets['cost'], self.risk)
         share = targets['scaled'].isfinite().float().mean()

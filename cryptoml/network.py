@@ -87,9 +87,14 @@ class NetworkConfig:
             if not holds: raise ValueError(sentence)
 
     @property
-    def stride(self) -> int: return math.gcd(*self.horizons)
+    def stride(self) -> int:
+        "Bars between decoder steps"
+        return math.gcd(*self.horizons)
+
     @property
-    def steps(self) -> int: return self.horizons[-1] // self.stride
+    def steps(self) -> int:
+        "Decoder steps"
+        return self.horizons[-1] // self.stride
 
     def body(self, kind: str) -> TFTConfig:
         "Configuration of a body; the linear one sees the newest bar alone"
@@ -121,6 +126,7 @@ class CoinGraph(nn.Module):
         present: Tensor,  # [D, W, N] bool
         own: bool = False,   # What a coin hears counts as given: slopes are those in its own state alone
     ) -> tuple[Tensor, Tensor]:   # [D, W, N, K, d], and attention to leaders [D, W, K, N, N], row looks at column
+        "States after looking, and whom each coin looked at"
         D, W, N, K, _ = states.shape
         x = states.transpose(2, 3).flatten(0, 2)                                        # [D W K, N, d]
         there = present[:, :, None].expand(-1, -1, K, -1).flatten(0, 2)
@@ -220,6 +226,7 @@ def scores(
     nats: Tensor,                # The loss
     parts: dict[str, Tensor],    # and that of each task
 ) -> dict[str, Tensor]:          # The parts; loss: their sum without `SLOW`; and nats
+    "Losses as a history has them"
     return parts | dict(loss=sum(v for k, v in parts.items() if k not in SLOW), nats=nats)
 
 # %% ../nbs/24_network.ipynb #bf8d6fa9
@@ -286,11 +293,13 @@ class Network(NetworkParts):
         trailing: Tensor,   # [D, W, N, N, E]
         present: Tensor,    # [D, W, N] bool
     ) -> dict[str, Tensor]:   # Raw outputs; path [B, K, Q]; correlation [B, N], Fisher's z
+        "What the heads say"
         z = self.edges(states[:, :, :, self.at[-1]], trailing, present)
         rows = states.flatten(0, 2)
         return self.heads(rows[:, self.at]) | dict(path=self.path(rows), correlation=z.flatten(0, 2))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:   # Rows by date, window, coin
+        "Raw outputs, for the loss"
         return self.outputs(self.see(batch)[1], batch['trailing'], batch['present'])
 
     def total_loss(self, out: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -303,6 +312,7 @@ class Network(NetworkParts):
         return loss, parts | dict(path=path, correlation=error)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:   # Nats to minimise, mean losses
+        "Loss of a batch with its labels"
         return self.total_loss(self(batch), by_rows(batch))
 
     def report(
@@ -319,6 +329,7 @@ class Network(NetworkParts):
         return out if looked is None else out | dict(coins=looked.mean(2).flatten(0, 2))
 
     def read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:   # Probabilities, quantiles, what they rest on
+        "Forecasts as a person reads them"
         return self.report(*self.see(batch), batch['trailing'], batch['present'])
 
     def newest_slopes(
@@ -335,7 +346,8 @@ class Network(NetworkParts):
         return slope[:, :, -1].flatten(0, 1)
 
     @torch.no_grad()
-    def score(self, batches) -> dict[str, float]:   # Means over all rows, and `measures`, without dropout
+    def score(self, batches) -> dict[str, float]:   # Means over all rows, and `measures`
+        "Losses and measures of batches with labels, without dropout"
         self.eval()
         totals, n, seen = {}, 0, []
         for batch in batches:

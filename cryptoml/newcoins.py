@@ -55,7 +55,9 @@ class Plan:
         return cls(begin + .5 * length, begin + .65 * length, begin + length, **settings)
 
     @property
-    def apart(self) -> int: return -(-self.horizon // self.every)       # decisions from one example to the next
+    def apart(self) -> int:
+        "Decisions from one example to the next, so that their labels do not overlap"
+        return -(-self.horizon // self.every)
 
     @property
     def examples(self) -> list[int]:
@@ -64,10 +66,14 @@ class Plan:
         return [-newest - self.apart * k for k in reversed(range(self.count))]
 
     @property
-    def asked(self) -> list[int]: return list(range(self.span * self.apart))   # decisions from the entry on
+    def asked(self) -> list[int]:
+        "Decisions from the entry on"
+        return list(range(self.span * self.apart))
 
     @property
-    def reach(self) -> int: return (self.span + 2) * self.horizon       # bars from an entry to its last label, and more
+    def reach(self) -> int:
+        "Bars from an entry to its last label, and more"
+        return (self.span + 2) * self.horizon
 
 # %% ../nbs/38_newcoins.ipynb #073c9004
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Coins:
 
     @classmethod
     def of(cls, panel: Panel, plan: Plan) -> 'Coins':
+        "Inputs and labels of every decision of a panel"
         engineer = AdvancedFeatureEngineer(families=['technical'])
         targets = make_targets(panel, (plan.horizon,))
         grid = np.flatnonzero(panel.bar_number % plan.every == plan.every - 1)
@@ -99,7 +106,9 @@ class Coins:
         return np.isfinite(self.y).all(-1) & (np.isnan(self.x).mean(-1) < .5)
 
     @cached_property
-    def known(self) -> pd.DatetimeIndex: return self.time + (self.plan.horizon + 1) * self.bar    # labels, from then on
+    def known(self) -> pd.DatetimeIndex:
+        "When the label of each decision is known [G]"
+        return self.time + (self.plan.horizon + 1) * self.bar
 
     def decisions(self, coins, begin, end) -> np.ndarray:   # Coin and time [S, 2]
         "Those of some coins from a time on whose labels are known by another"
@@ -170,12 +179,16 @@ class Reading:
         self.y = torch.from_numpy(c.y)
 
     def at(self, rows: np.ndarray, which):   # Coin and time [E, 2], and decisions after it [K] -> [E, K, F], [E, K, 2]
+        "Inputs and labels of the decisions at these distances from each row"
         n, t = torch.as_tensor(rows[:, :1]), torch.as_tensor(rows[:, 1:]) + torch.as_tensor(which)
         return self.x[n, t], self.y[n, t]
 
-    def here(self, rows): return [v[:, 0] for v in self.at(rows, [0])]
+    def here(self, rows):   # [S, 2] -> [S, F], [S, 2]
+        "Inputs and labels of these decisions"
+        return [v[:, 0] for v in self.at(rows, [0])]
 
-    def tasks(self, rows, which=None):
+    def tasks(self, rows, which=None):   # [E, 2], and the decisions that are asked; None: all
+        "Examples of each episode, and what is asked of it"
         return self.at(rows, self.plan.examples), self.at(rows, self.plan.asked if which is None else which)
 
 # %% ../nbs/38_newcoins.ipynb #22b29be8
@@ -189,12 +202,14 @@ def pinball(
     error = y[..., None] - output.unflatten(-1, (2, len(LEVELS)))
     return torch.maximum(LEVELS * error, (LEVELS - 1) * error).mean(-1)
 
-def flat(y: torch.Tensor) -> torch.Tensor: return y.quantile(LEVELS, 0).T.flatten()   # [S, 2] -> [2 * levels]
+def flat(y: torch.Tensor) -> torch.Tensor:   # [S, 2] -> [2 * levels]
+    "The labels' own quantiles: the forecast of no input"
+    return y.quantile(LEVELS, 0).T.flatten()
 
 def network(
-    inputs: int,
+    inputs: int,                          # How many
     labels: torch.Tensor | None = None,   # [S, 2]; None: weights will be loaded
-    seed: int = 0,
+    seed: int = 0,                        # Of the first weights
 ) -> nn.Sequential:
     "One hidden layer; its forecast is at first nearly that of no input"
     with torch.random.fork_rng([]):
@@ -210,7 +225,8 @@ def network(
 # %% ../nbs/38_newcoins.ipynb #1d56e6fd
 DECAY = .1     # Of weights
 
-def config_of(p: Plan, epochs: int, rates) -> TrainConfig:
+def config_of(p: Plan, epochs: int, rates) -> TrainConfig:   # Rates of a former training, (): none
+    "How every network here is trained"
     return TrainConfig(epochs=len(rates) or epochs, lr=p.lr, weight_decay=DECAY, patience=3, lr_patience=1, seed=p.seed,
                        rates=tuple(rates))
 
@@ -238,8 +254,8 @@ def meta_train(
     learner: MetaLearningMAML,
     tasks: np.ndarray,         # Episodes that train [E, 2]
     held: np.ndarray | None,   # By which is stopped; None with `rates`
-    out,
-    rates=(),
+    out,                       # Folder; can be taken up again
+    rates=(),                  # Of a former training, one an epoch
 ) -> pd.DataFrame:             # History; the learner is trained in place
     "On episodes, each with twenty of the decisions that are asked"
     p = data.plan
@@ -296,7 +312,9 @@ class Ways(NamedTuple):
     learners: dict     # Way to its learner and its steps
     refits: dict       # Quarter to its network, and the decisions it was fitted to
 
-def quarter_of(c: Coins, entered: np.ndarray) -> pd.PeriodIndex: return c.time[entered[:, 1]].to_period('Q')
+def quarter_of(c: Coins, entered: np.ndarray) -> pd.PeriodIndex:   # Coin and time [E, 2]
+    "Quarter in which each coin enters"
+    return c.time[entered[:, 1]].to_period('Q')
 
 def ways_of(c: Coins, data: Reading, learnt: Learnt, quarters, out: Path) -> Ways:
     "Everything that is trained for the coins left out, by the others"
@@ -367,7 +385,9 @@ class Compared:
         return Interval(*(100 * v / usual.mean() for v in found))
 
     @property
-    def others(self) -> list[str]: return [k for k in self.losses if k != NOT_ADAPTED]
+    def others(self) -> list[str]:
+        "All ways but not adapting"
+        return [k for k in self.losses if k != NOT_ADAPTED]
 
     @cached_property
     def won(self) -> str | None:
@@ -377,10 +397,13 @@ class Compared:
         return min(ahead, key=lambda k: self.losses[k].mean(), default=None)
 
     @property
-    def word(self) -> str: return self.won.split(',')[0].replace(' ', '-').upper() if self.won else 'UNADAPTED'
+    def word(self) -> str:
+        "The way that won, in capitals; UNADAPTED where none did"
+        return self.won.split(',')[0].replace(' ', '-').upper() if self.won else 'UNADAPTED'
 
     @property
     def reason(self) -> str:
+        "Why, a sentence"
         days = len(np.unique(self.day))
         told = f'{len(self.entered)} entries of {len(set(self.entered[:, 0]))} coins, {days} days'
         if self.won:
@@ -478,6 +501,7 @@ class Learner:
 
     @classmethod
     def load(cls, folder) -> 'Learner':
+        "As `save` left it"
         tensors, about = load(Path(folder)/'inputs')
         maml = maml_from(network(len(about['columns'])), **METAS[about['way']])
         maml.load(Path(folder)/'learner')

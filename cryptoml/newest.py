@@ -13,7 +13,7 @@ __all__ = ['SPARE', 'MICROSECOND', 'GONE', 'NAMED', 'FLAT', 'QUIET', 'NETWORKS',
 # %% ../nbs/44_newest.ipynb #e7d2ccd3
 import functools, hashlib, math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import pandas as pd
 import torch
@@ -78,10 +78,12 @@ class Snapshot:
     forecaster: Combined
     terms: Terms
     removed: tuple = ()      # Coins that are not looked at any more
-    agent: object = None     # What may size positions in place of the policy; see 51_ppo
+    agent: Any = None     # What may size positions in place of the policy; see 51_ppo
 
     @functools.cached_property
-    def coins(self) -> list[str]: return [k for k in self.terms.symbols if k not in self.removed]
+    def coins(self) -> list[str]:
+        "Coins that are looked at"
+        return [k for k in self.terms.symbols if k not in self.removed]
 
     @functools.cached_property
     def name(self) -> str:
@@ -92,7 +94,9 @@ class Snapshot:
         return f'{self.terms.trained_until[:10]} {digest.hexdigest()[:12]}'
 
     @functools.cached_property
-    def timeframe(self) -> pd.Timedelta: return parse_timeframe(self.terms.timeframe)
+    def timeframe(self) -> pd.Timedelta:
+        "Length of its bars"
+        return parse_timeframe(self.terms.timeframe)
 
     @functools.cached_property
     def need(self) -> int:
@@ -181,10 +185,14 @@ class View:
     usable: np.ndarray        # Samples that can be forecast [N, T], bool
 
     @property
-    def panel(self) -> Panel: return self.inputs.panel
+    def panel(self) -> Panel:
+        "The bars that are good"
+        return self.inputs.panel
 
     @functools.cached_property
-    def given(self) -> list[str]: return sorted(self.bars['symbol'].unique())
+    def given(self) -> list[str]:
+        "Coins of which bars came"
+        return sorted(self.bars['symbol'].unique())
 
     def window(self, t: int) -> slice:
         "Bars of the window that ends at bar t"
@@ -399,7 +407,8 @@ def without_forecast(s: Snapshot, symbol: str, last: pd.Timestamp | None, faults
 # %% ../nbs/44_newest.ipynb #7ccac3b7
 FLAT = 2    # Times an even share: attention that is nowhere more than this says nothing
 
-def largest(weights: np.ndarray, n: int = 3) -> list[int]:   # Places of the largest that stand out, largest first
+def largest(weights: np.ndarray, n: int = 3) -> list[int]:   # Places, the largest first
+    "The largest weights that stand out"
     return [i for i in np.argsort(-weights)[:n] if weights[i] > FLAT / len(weights)]
 
 def looked_at(
@@ -493,7 +502,9 @@ def largest_inputs(
     return [[dict(name=n, value=v, contribution=c) for n, v, c in zip(*row) if c] for row in zip(names, *shown)]
 
 # %% ../nbs/44_newest.ipynb #b9f4c530
-def known(v: float) -> float | None: return v if math.isfinite(v) else None
+def known(v: float) -> float | None:
+    "A number; None where it is not finite"
+    return v if math.isfinite(v) else None
 
 def of_book(view: View, sample: Samples, fc: dict) -> dict[str, list]:
     "What the declared book is given of each sample: score and confidence, beta and correlations"
@@ -549,7 +560,9 @@ def intervals_now(view: View, ready: list[Ready], fc: dict, rarity: np.ndarray) 
         return np.stack([one(*row) for row in zip(ready, reach, rarity)])
 
 # %% ../nbs/44_newest.ipynb #41677191
-def samples_of(ready: list[Ready]) -> Samples: return Samples(*np.array([(x.coin, x.bar) for x in ready]).T)
+def samples_of(ready: list[Ready]) -> Samples:   # [S]
+    "Their places, as a model takes them"
+    return Samples(*np.array([(x.coin, x.bar) for x in ready]).T)
 
 def numbers_of(s: Snapshot, fc: dict) -> dict[str, list]:
     "What is forecast of each sample, by the names of a prediction"

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from .data import DataError, normalise_symbol, to_utc
-from .data import find_columns, published, refuse_early, source_rows, when_known
+from .data import find_columns, parse_delay, published, refuse_early, source_rows, when_known
 from .engine import as_given
 from .technical import ROUNDING
 
@@ -84,7 +84,7 @@ def vendor_delay(
     delay,              # As in `onchain_frame`
 ) -> pd.Timedelta:
     "The delay of a vendor; DataError for one that no value would outlive"
-    wait, longest = pd.Timedelta(delay), pd.Timedelta(MAX_AGE - DAY, 'us')
+    wait, longest = parse_delay(delay), pd.Timedelta(MAX_AGE - DAY, 'us')
     if not pd.Timedelta(0) <= wait < longest:
         raise DataError(f'on-chain: a delay of {wait} is not within 0 and {longest}, after which values are stale')
     return wait
@@ -92,7 +92,7 @@ def vendor_delay(
 # %% ../nbs/12_onchain.ipynb #e0aea59c
 def onchain_frame(
     raw: pd.DataFrame,   # Daily rows: time (or timestamp, date, an index), asset, some of VENDOR, `known`
-    asset: str = None,   # 'btc', where the rows have no column `asset`
+    asset: str | None = None,   # 'btc', where the rows have no column `asset`
     delay='12h',         # From the end of a day to its publication, where the rows have no `known`
 ) -> pd.DataFrame:       # time, known (datetime64[us, UTC]), asset (lower case), float64 values; by asset, known, time
     "Daily on-chain rows with the time at which they could be known (a frame made here passes unchanged)"
@@ -232,13 +232,17 @@ def measure(
         return daily
     return declare
 
-def reach(columns):
+def reach(columns: dict) -> int:   # As in `measure`
     "Days of a window that serves all statistics of a measure"
     return max(windows[-1] for _, *windows in columns.values()) + SLACK + 1
 
-def log(x): return np.log(np.where(x > 0, x, np.nan))
+def log(x):
+    "Natural logarithm; NaN where there is none"
+    return np.log(np.where(x > 0, x, np.nan))
 
-def share(x): return np.where((x >= 0) & (x <= 1), x, np.nan)
+def share(x):
+    "A share of a whole; NaN where it does not lie within 0 and 1"
+    return np.where((x >= 0) & (x <= 1), x, np.nan)
 
 # %% ../nbs/12_onchain.ipynb #8fd51dc9
 PART = 1024                 # states of knowledge whose windows are held at once
@@ -265,7 +269,7 @@ def statistics_of(
 def measured(
     rows: tuple,             # Days, times known and columns of one asset, from `rows_of`
     close: np.ndarray,       # Closes, microseconds [T]
-    measures: list = None,   # As MEASURES, the default
+    measures: list | None = None,   # As MEASURES, the default
 ) -> dict:                   # Name -> values [T]
     "Statistics of one asset as they were known at each close"
     day, known, v = rows
@@ -488,7 +492,7 @@ def onchain_at_bars(
     frame: pd.DataFrame,  # time, known, asset and columns of VENDOR: see `onchain_frame`
     symbol: str,          # 'BTC/USDT' reads the asset 'btc'
     close: np.ndarray,    # Closes of the bars, microseconds since 1970, int64 [T]
-    length: int = None,   # Length of a bar: daily values do not depend on it
+    length: int | None = None,   # Length of a bar: daily values do not depend on it
 ) -> np.ndarray:          # float64 [T, len(ONCHAIN_COLUMNS)], NaN where nothing is known
     "On-chain values as they were known at each close"
     close = np.asarray(close, np.int64)

@@ -10,6 +10,7 @@ __all__ = ['CHECKED', 'CLOSE_ENOUGH', 'Rows', 'rows_of', 'ordinary', 'Growing', 
 # %% ../nbs/49_online.ipynb #99136052
 import threading
 from dataclasses import dataclass, replace
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -35,11 +36,17 @@ class Rows:
     values: np.ndarray    # [n, C]
 
     @property
-    def span(self) -> int: return int(np.ptp(self.number)) if len(self.number) else 0   # Bars from first to last
+    def span(self) -> int:
+        "Bars from the first to the last"
+        return int(np.ptp(self.number)) if len(self.number) else 0
 
-    def early(self, when: pd.Timestamp) -> np.ndarray: return self.time <= when.value // 1000   # Begun by then [n]
+    def early(self, when: pd.Timestamp) -> np.ndarray:   # [n], bool
+        "Whether each had begun by then"
+        return self.time <= when.value // 1000
 
-    def pick(self, some: np.ndarray): return Rows(*(x[some] for x in vars(self).values()))
+    def pick(self, some: np.ndarray) -> 'Rows':
+        "Some of them"
+        return Rows(*(x[some] for x in vars(self).values()))
 
 def rows_of(
     bars: pd.DataFrame,     # Market frame of these symbols
@@ -79,9 +86,12 @@ class Growing:
         self.all[:, :self.length] = a
 
     @property
-    def now(self) -> np.ndarray: return self.all[:, :self.length]
+    def now(self) -> np.ndarray:                    # [N, bars so far, ...]
+        "All of it until now"
+        return self.all[:, :self.length]
 
     def add(self, column: np.ndarray):              # [N, ...]
+        "One more bar"
         self.all[:, self.length] = column
         self.length += 1
 
@@ -101,7 +111,8 @@ class NetworkNow:
         later = pd.date_range(inputs.panel.time[-1], periods=SPARE + self.steps[-1] + 1, freq=bar)
         self.calendar = calendar(later)        # of the last bar, and of all that may come
 
-    def add(self, x: np.ndarray):   # Inputs of one more bar [N, F], NaN where missing
+    def add(self, x: np.ndarray):   # Inputs [N, F], NaN where missing
+        "One more bar"
         row = np.concatenate([self.f.scaler(x), missing(x[:, None], self.f.families)[:, 0]], -1)
         self.stream.update(torch.from_numpy(row)[:, None].to(self.device))
 
@@ -123,6 +134,7 @@ class Trailing:
         self.mean, self.weight = np.nan_to_num(mean), (1 - self.keep ** self.n) / (1 - self.keep)
 
     def add(self, x: np.ndarray) -> np.ndarray:     # [N], NaN where missing -> [N], NaN before there are enough
+        "One more bar; the mean with it"
         there = np.isfinite(x)
         old = self.keep * self.weight
         mean = (old * self.mean + np.nan_to_num(x)) / (old + 1)
@@ -145,7 +157,8 @@ class Risk:
         self.short = regime_bars(panel.timeframe)[1]
         self.volatility = Growing(recent_volatility(panel['close'], self.short), SPARE)
 
-    def add(self, close: np.ndarray):   # The last [N, more than `short`], NaN where missing
+    def add(self, close: np.ndarray):   # The last ones [N, more than `short`], NaN where missing
+        "One more bar"
         self.volatility.add(recent_volatility(close[:, -self.short - 1:], self.short)[:, -1])
         close = close[:, -2:]
         squared, together, alone = (m.add(x[:, 0]) for m, x in zip(self.means, moves_of(np.diff(np.log(close)))))
@@ -157,19 +170,23 @@ class Risk:
 @dataclass(frozen=True)
 class Followed(View):
     "A view that came of another by ordinary bars"
-    kept: object       # The `Kept` it reads
+    kept: Any          # The `Kept` it reads
 
     given = property(lambda self: self.panel.symbols)
-    def faults(self, symbol, last, skew) -> list[str]: return []
+    def faults(self, symbol, last, skew) -> list[str]: return []     # ordinary bars have none
     def changes(self, symbol, last, have) -> list[str]: return []
 
-    def late(self, sample: Samples) -> bool: return (sample.bar < len(self.panel.time) - 1).any()
+    def late(self, sample: Samples) -> bool:
+        "Whether a coin among them lacks the newest bar"
+        return (sample.bar < len(self.panel.time) - 1).any()
 
     def forecast(self, sample: Samples) -> dict[str, np.ndarray]:
+        "As of any view, from what is kept"
         if self.late(sample): return super().forecast(sample)
         return {k: v[sample.coin] for k, v in self.kept.say(self).items()}
 
     def seen(self, sample: Samples) -> Seen:
+        "As of any view, from what is kept"
         if self.late(sample): return super().seen(sample)
         here = {k: v[sample.coin] for k, v in vars(self.kept.here(self)).items() if k != 'labels'}
         return Seen(**here, labels={})
@@ -192,14 +209,19 @@ class Kept:
         self.said, self.seen = None, None             # of the newest bar, of all coins, once it was asked for
 
     @property
-    def length(self) -> int: return self.mask.length
+    def length(self) -> int:
+        "Bars until now"
+        return self.mask.length
 
     @property
     def panel(self) -> Panel:
+        "The bars until now"
         T = self.length
         return replace(self.begun.panel, time=self.time[:T], values=self.values.now, mask=self.mask.now)
 
-    def inputs(self) -> Inputs: return replace(self.begun.inputs, panel=self.panel, x=self.x.now)
+    def inputs(self) -> Inputs:
+        "The inputs until now"
+        return replace(self.begun.inputs, panel=self.panel, x=self.x.now)
 
     def takes(self, bars: int) -> bool:
         "Whether so many more have room, in the month of the beginning: what describes the coins changes with it"
@@ -221,7 +243,8 @@ class Kept:
         self.risk.add(self.panel['close'])
         self.sources, self.said, self.seen = sources, None, None
 
-    def view(self, now: pd.Timestamp) -> Followed:
+    def view(self, now: pd.Timestamp) -> Followed:   # `now`: the bot's clock
+        "What a prediction reads"
         b, recent = self.begun, (self.risk.sigma.now, self.risk.beta.now)
         return Followed(b.model, now, b.bars, b.report, self.inputs(), *recent, self.usable.now, self)
 
@@ -326,7 +349,9 @@ def known_again(known: pd.DataFrame, bars: pd.DataFrame) -> np.ndarray:   # bool
     keys = pd.MultiIndex.from_frame(bars[['symbol', 'time']])
     return pd.MultiIndex.from_frame(known[['symbol', 'time']]).isin(keys)
 
-def same_frames(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+def same_frames(a: dict, b: dict) -> bool:
+    "Whether these are the same objects by the same names"
+    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
 
 # %% ../nbs/49_online.ipynb #d5aa6ead
 class Online:
@@ -342,7 +367,8 @@ class Online:
         "Bars that a later process may begin with"
         with self.lock: return self.known()
 
-    def known(self) -> pd.DataFrame | None:
+    def known(self) -> pd.DataFrame | None:   # To be asked with the lock
+        "Every bar that came"
         if self.kept is not None: return self.kept.bars()
         return self.early if self.view is None else self.view.bars
 

@@ -22,7 +22,7 @@ def volatility_target(
     sigma,                          # Volatility per bar, same shape
     target_annual: float = .2,      # Annual volatility of a position with score 1
     max_weight: float = 1.,         # Largest absolute weight
-    bars_per_year: float = 8760,
+    bars_per_year: float = 8760,    # Hours of a year; 365 for days
 ) -> np.ndarray:                    # Weights, fractions of equity; NaN where score or sigma is missing
     "Weight that gives a position its target volatility (Moskowitz, Ooi and Pedersen 2012, eq. 5)"
     sigma = np.asarray(sigma, float)
@@ -149,7 +149,8 @@ def check_account(score: np.ndarray, sigma: np.ndarray, held: np.ndarray, equity
         raise ValueError(f'the account must be known before a decision: equity {equity}, {missing} weights missing')
 
 # %% ../nbs/07_policy.ipynb #79be851d
-def in_range(p: 'Rules') -> dict[str, bool]:   # Field to whether its number makes sense
+def in_range(p: 'Rules') -> dict[str, bool]:   # By name of the field
+    "Whether each number of the rules makes sense"
     return dict(
         scale=0 < p.scale < np.inf,
         target_annual=p.target_annual > 0,
@@ -190,6 +191,8 @@ class Rules:
 
 # %% ../nbs/07_policy.ipynb #0f15f568
 SPACING = '4h'   # Between decisions, by default
+JUMP = 5.        # Standard deviations of a decision's return beyond which it teaches no more
+LEVER = 4.       # What was seen scales a book up or down by no more
 
 def by_side(
     weights: np.ndarray,           # Positions [N]
@@ -200,8 +203,6 @@ def by_side(
     if below is None: return None, None
     long = weights >= 0
     return np.where(long, below, above), np.where(long, above, below)
-JUMP = 5.        # Standard deviations of a decision's return beyond which it teaches no more
-LEVER = 4.       # What was seen scales a book up or down by no more
 
 def panels(
     shape: tuple,   # (N, T)
@@ -214,10 +215,11 @@ def panels(
     return list(floats.values())
 
 def decision_bars(
-    T: int,
+    T: int,               # Bars
     every: int,           # Bars between decisions
     decide=None,          # Bars to decide at [T]; None: the last of every `every`
 ) -> np.ndarray:          # [T], bool
+    "Bars at whose close a decision is made"
     if decide is None: return np.arange(T) % every == every - 1
     decide = np.asarray(decide, bool)
     if decide.shape != (T,): raise ValueError(f'decide must be [{T}], got {list(decide.shape)}')
@@ -229,8 +231,8 @@ def _column(a, t):
 
 # %% ../nbs/07_policy.ipynb #128fcb99
 def correlation_panel(
-    n: int,
-    T: int,
+    n: int,         # Coins
+    T: int,         # Bars
     correlation,    # [T], [N, N, T] or None
 ) -> np.ndarray | None:
     "ValueError unless there is a correlation for every bar"
@@ -264,17 +266,18 @@ class Policy(Rules):
     def shaped(self,
         w,                # Weights
         beta=None,        # Market betas
-    ) -> np.ndarray:      # Long only, or neutral, as the rules say
+    ) -> np.ndarray:      # Like w
+        "Long only, or neutral, as the rules say"
         if self.long_only: return np.maximum(w, 0)
         if self.neutral == 'none': return w
         return neutralise(w, beta if self.neutral == 'beta' else None)
 
     def book_breadth(self,
         score,            # As in `target_weight`, like the others
-        sigma,
-        n: int,
-        beta=None,
-        correlation=None,
+        sigma,            # Volatility per bar
+        n: int,           # Positions that share the risk
+        beta=None,        # Market betas
+        correlation=None, # As in `target_weight`
     ) -> float:           # Volatility of the book over that of one position of usual size
         "By the average correlation of its coins, or by that of each pair of those with a score"
         known = known_correlation(correlation, self.correlation, np.size(score) if np.ndim(score) else None)

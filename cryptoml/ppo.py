@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import combinations
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
@@ -124,6 +124,7 @@ class Scale:
     def known(self,
         columns: np.ndarray,   # [..., K]
     ) -> np.ndarray:           # [...], bool
+        "Whether enough is known of a coin to act on"
         there = np.isfinite(columns)
         return there.any(-1) & (there | self.optional).all(-1)
 
@@ -140,7 +141,8 @@ class Scale:
         return np.clip(np.nan_to_num(seen), -CLIP, CLIP).astype(np.float32)
 
 # %% ../nbs/51_ppo.ipynb #d9a1035a
-def in_range(s: object) -> dict[str, bool]:   # Field to whether its number makes sense
+def in_range(s: Any) -> dict[str, bool]:   # By field
+    "Whether each number of a `Sizing` makes sense"
     def above(x): return is_number(x) and x > 0
     return dict(
         every=is_whole(s.every, 1),
@@ -221,6 +223,7 @@ class Reward:
         traded: np.ndarray,   # Value traded over equity [...]
         unit: float,          # Usual return between decisions
     ) -> dict[str, np.ndarray]:   # By objective [...]; their sum is the reward
+        "What each objective gives between two decisions"
         ratio = np.where(before > 0, after / np.maximum(before, 1e-300), 1.)   # nothing is left to lose
         return dict(
             growth=self.growth / unit * np.log(np.maximum(ratio, LOST)),
@@ -254,10 +257,14 @@ class World:
         if np.asarray(self.decide).dtype != bool: raise AgentError('decide must be True or False at each bar')
 
     @functools.cached_property
-    def decisions(self) -> np.ndarray: return np.flatnonzero(self.decide)   # Bars [M]
+    def decisions(self) -> np.ndarray:   # [M]
+        "Bars at whose close a decision is made"
+        return np.flatnonzero(self.decide)
 
     @functools.cached_property
-    def value(self) -> np.ndarray: return valued(self.open, self.close)     # [N, T]
+    def value(self) -> np.ndarray:       # [N, T]
+        "What a coin counts at each close"
+        return valued(self.open, self.close)
 
     def account(self) -> Account:
         "An empty account of these bars"
@@ -501,9 +508,14 @@ class Lanes:
                   np.zeros(n), np.full(n, np.nan))
 
     @property
-    def ruined(self) -> np.ndarray: return self.seen.equity <= 0                   # [L]
+    def ruined(self) -> np.ndarray:   # [L], bool
+        "Whether everything was lost"
+        return self.seen.equity <= 0
+
     @property
-    def over(self) -> np.ndarray: return self.turn - self.begun >= self.steps      # [L]
+    def over(self) -> np.ndarray:     # [L], bool
+        "Whether the episode has run out"
+        return self.turn - self.begun >= self.steps
 
 # %% ../nbs/51_ppo.ipynb #37dde50c
 def _missing(e: ModuleNotFoundError) -> AgentError:
@@ -532,12 +544,14 @@ class OneLane:
         self.observation_space, self.action_space = _spaces(lanes)
 
     def reset(self, *, seed=None, options=None):
+        "An empty account at the beginning of some episode"
         super().reset(seed=seed)
         if seed is not None: self.lanes.rng = np.random.default_rng(seed)
         self.lanes.begin(0)
         return self.lanes.look().reshape(-1), {}
 
     def step(self, action):
+        "To the next decision; the parts of the reward and the equity are in the last value"
         if self.lanes.over[0] or self.lanes.ruined[0]: raise AgentError('the episode is over: reset it first')
         parts = {k: float(v[0]) for k, v in self.lanes.step(np.asarray(action, float).reshape(1, -1)).items()}
         ruined, over = bool(self.lanes.ruined[0]), bool(self.lanes.over[0])
@@ -646,6 +660,7 @@ class Agent:
     def act(self,
         seen: np.ndarray,       # [..., 2 K + OWN]
     ) -> np.ndarray:            # [...], -1 to 1
+        "The mean action"
         *hidden, (w, b) = self.layers
         x = seen
         for v, c in hidden: x = np.tanh(x @ v.T + c)
@@ -710,7 +725,8 @@ def played(agent: Agent, world: World) -> Book:
     return play(agent, world.columns, world.sigma, world.close, world.account(), world.decide)
 
 # %% ../nbs/51_ppo.ipynb #2d96ab09
-def trainable(t: object) -> dict[str, bool]:   # Field to whether its number makes sense
+def trainable(t: Any) -> dict[str, bool]:   # By field
+    "Whether each number of a `Training` makes sense"
     whole = ('steps', 'lanes', 'episode', 'rollout', 'epochs')
     return dict(
         **{k: is_whole(getattr(t, k), 1) for k in whole},

@@ -14,7 +14,7 @@ __all__ = ['DELAY', 'NAMES', 'WORDS', 'HOUR', 'DAYS', 'LOOKBACK', 'MAX_AGE', 'RU
 import math, warnings
 import numpy as np, pandas as pd
 from .data import COINS, QUOTES, DataError, normalise_symbol, to_utc
-from .data import find_columns, published, refuse_early, source_rows, when_known
+from .data import find_columns, parse_delay, published, refuse_early, source_rows, when_known
 from .engine import Step, step
 from .microstructure import numbers
 from .onchain import DAY, with_time
@@ -141,7 +141,7 @@ def sentiment_frame(
     if have['time'] is None:
         raise DataError('sentiment: no column time, timestamp or published: '
                         f'the frame has {", ".join(raw.columns[:20])}')
-    if pd.Timedelta(delay) < pd.Timedelta(0):
+    if parse_delay(delay) < pd.Timedelta(0):
         raise DataError(f'sentiment: delay {delay} is negative: nothing is known before it is published')
     score = scores_of(raw)
     time = to_utc(raw[have['time']])
@@ -283,7 +283,7 @@ def sentiment_at_bars(
     frame: pd.DataFrame,  # As `sentiment_frame` makes it
     symbol: str,          # 'BTC/USDT': texts on BTC are its own
     close: np.ndarray,    # Closes of the bars, microseconds since 1970, increasing, int64 [T]
-    length: int = None,   # Length of a bar: what fades by hours does not depend on it
+    length: int | None = None,   # Length of a bar: what fades by hours does not depend on it
 ) -> np.ndarray:          # float64 [T, len(SENTIMENT_COLUMNS)], NaN where nothing is known
     "What had been written by each close"
     close = np.asarray(close, np.int64)

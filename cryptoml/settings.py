@@ -31,6 +31,7 @@ def is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 def is_whole(x, least: int = 0, most=math.inf) -> bool:
+    "A whole number within bounds, and no truth value"
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 def is_fraction(x) -> bool:
@@ -49,6 +50,7 @@ def whole(least: int, most: int | None = None) -> Rule:
     return Rule(words, lambda x: is_whole(x, least, math.inf if most is None else most))
 
 def one_of(names: tuple) -> Rule:
+    "One of these texts"
     return Rule(f'one of {", ".join(names)}', lambda x: isinstance(x, str) and x in names)
 
 # %% ../nbs/02_settings.ipynb #2180e7c4

@@ -79,7 +79,8 @@ def hold(
 POSITIVE = ('price', 'sigma', 'volatility')
 NUMBERS = ('price', 'direction', 'intervals', 'volatility', 'regime', 'score', 'sigma', 'confidence', 'rarity')
 
-def leaves(x) -> list:   # The values inside lists and mappings
+def leaves(x) -> list:
+    "The values inside lists and mappings"
     if isinstance(x, dict): x = list(x.values())
     return [leaf for y in x for leaf in leaves(y)] if isinstance(x, list) else [x]
 
@@ -152,7 +153,8 @@ def doubts_of_bar(
         said.append(f'old model: its data end {since.days} days before this bar, '
                     f'more than {model_age.days}: train it again')
     if WORDS.index(terms.verdict) < WORDS.index(act_on):
-        said.append(f'judged {terms.verdict} on data until {terms.data_until[:10]}: nothing below {act_on} is acted on')
+        said.append(f'judged {terms.judgement} on data until {terms.data_until[:10]}: '
+                    f'nothing below {act_on} is acted on')
     return said
 
 # %% ../nbs/50_signals.ipynb #2411796f
@@ -188,6 +190,7 @@ def forecast_in_words(
     book: Declared,          # What was judged
     least: float | None,     # Confidence asked for
 ) -> list[str]:
+    "What is said of the horizon that the book follows"
     j, h = book.places[0], book.horizons[0]
     d, v = p['direction'][j], p['volatility'][j]
     share, (low, high) = p['interval_levels'][-1], p['intervals'][j][-1]
@@ -204,6 +207,7 @@ def forecast_in_words(
 
 # %% ../nbs/50_signals.ipynb #93aa0f39
 def rests_on_in_words(p: Prediction) -> list[str]:
+    "The inputs, bars and coins that say most"
     def side(i): return 'up' if i['contribution'] > 0 else 'down'
     said = [f'{i["name"]} (now {i["value"]:+.1f}, for {side(i)}: {i["contribution"]:+.2g})' for i in p['inputs'] or []]
     inputs = ', '.join(said[:SAID])
@@ -222,7 +226,7 @@ def reasons(
 ) -> list[str]:
     "The forecast in sentences"
     count = terms.trials['count']
-    judged = (f'the model was judged {terms.verdict} on data until {terms.data_until[:10]} '
+    judged = (f'the model was judged {terms.judgement} on data until {terms.data_until[:10]} '
               f'after {count} trial{"s" * (count != 1)}')
     about = [*forecast_in_words(p, terms.declared, least), *less_in_words(p, terms.declared)]
     return [*about, *rests_on_in_words(p), *p['notes'], judged]
@@ -263,13 +267,15 @@ def parts_of_book(
 # %% ../nbs/50_signals.ipynb #1cfa4d69
 DUST = 1e-4    # A smaller target is none
 
-def others_in_words(w: float) -> str:
+def others_in_words(w: float) -> str:   # `w`: target weight
+    "Why a coin's part of a neutral book is not a signal by itself"
     lean, part = ('down', 'long') if w > 0 else ('up', 'short')
     return (f'not by its own forecast: the other coins lean {lean} more than this one, so its part of the neutral book '
             f'is {part}; it belongs to the whole book, and is no signal by itself')
 
 # %% ../nbs/50_signals.ipynb #e5d72f60
-def against_in_words(w: float) -> str:
+def against_in_words(w: float) -> str:   # `w`: target weight that the agent wants
+    "That agent and forecast go different ways"
     way, other = ('long', 'down') if w > 0 else ('short', 'up')
     return f'agent: it wants to be {way} ({w:+.2f}) where the forecast leans {other}: nothing is done where they differ'
 

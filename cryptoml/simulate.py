@@ -7,7 +7,7 @@ __all__ = ['REGIMES', 'DURATION', 'VOLATILITY', 'DRIFT', 'SWITCH', 'TRANSITION',
            'ONCHAIN', 'SHARED', 'CARRIERS', 'HALF_LIVES', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'day_pattern',
            'clustered', 'mixing', 'extremes', 'published', 'lead_lag_matrix', 'geometric', 'under_way', 'next_bar',
            'part_sums', 'Market', 'shocks', 'drift_parts', 'log_returns', 'activity', 'bars_a_day', 'daily_onchain',
-           'funding_rates', 'written', 'coins', 'long_frame', 'market_bars', 'assemble', 'simulate']
+           'funding_rates', 'written', 'coins', 'long_frame', 'market_bars', 'assemble', 'is_simulated', 'simulate']
 
 # %% ../nbs/01_simulate.ipynb #6118e0f7
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def lead_lag_matrix(
 
 # %% ../nbs/01_simulate.ipynb #12c7f471
 _left = (TRANSITION @ DRIFT)[0] / DRIFT[0]                                   # of a regime's drift, after an hour
-HALF_LIVES = {name: half_life for name, (half_life, _) in CARRIERS.items()}  # in hours
+HALF_LIVES: dict[str, float] = {name: half_life for name, (half_life, _) in CARRIERS.items()}  # in hours
 HALF_LIVES['regime'] = float(np.log(0.5) / np.log(_left))
 
 def geometric(
@@ -462,7 +462,15 @@ def assemble(
     sentiment = written(rng.spawn(1)[0], time, symbols, after['driver_2'])
     lead_lag = pd.DataFrame(matrix, symbols, symbols)
     truth = truth.set_index(['symbol', 'time'])
+    bars.attrs['simulated'] = True
     return Market(bars, extra, onchain, funding, sentiment, truth, lead_lag, symbols, timeframe, signal)
+
+# %% ../nbs/01_simulate.ipynb #a82fa39f
+def is_simulated(
+    bars,      # A market frame, or whatever else somebody trains on
+) -> bool:
+    "Whether bars say that they were made up"
+    return bool(getattr(bars, 'attrs', {}).get('simulated'))
 
 # %% ../nbs/01_simulate.ipynb #433be7f9
 def simulate(

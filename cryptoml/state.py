@@ -732,10 +732,11 @@ def _candidates(
 
 # %% ../nbs/03_state.ipynb #06793c38
 def load(
-    root,       # Folder of `save`
+    root,       # Folder of `save`, or of one generation in it
 ) -> tuple[dict[str, dict[str, Tensor]], dict]:  # Tensors by file and name, on the CPU; and the manifest's content
     "Read the live generation, digests verified; falls back to the newest whole one with a warning"
     root = Path(root)
+    if _GENERATION.fullmatch(root.name) and not _named(root): return _read_generation(root)
     failed = {}
     while todo := _candidates(root, failed):
         name = todo[-1]

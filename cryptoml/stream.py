@@ -128,9 +128,12 @@ class Weights:
         self.parameters = list(model.parameters())
         self.version = self.versions()
 
-    def versions(self) -> list[int]: return [p._version for p in self.parameters]
+    def versions(self) -> list[int]:
+        "How often each was written to"
+        return [p._version for p in self.parameters]
 
     def check(self):
+        "ValueError if a weight was written to since"
         if self.versions() != self.version:
             raise ValueError('the weights have changed since this stream began: begin a new one')
 

@@ -49,8 +49,8 @@ from .targets import (HORIZONS, LARGEST, REGIMES, Targets, make_targets, market_
 from .trainer import TrainConfig, TrainerError, go_on_alone, joined, of_torchrun, pick_device
 from .tune import (CategoricalDistribution, FloatDistribution, HyperparameterOptimizer, IntDistribution,
                            Interrupted, Space)
-from .verdict import (OWN, Comparison, Verdict, book_rows, comparisons, joint_level, number_rows, row, scored,
-                              split_rows, verdict)
+from .verdict import (OWN, SIMULATED, Comparison, Verdict, book_rows, comparisons, joint_level, number_rows,
+                              row, scored, split_rows, verdict)
 from .windows import Samples
 
 # %% ../nbs/42_study.ipynb #b549eb92
@@ -178,6 +178,7 @@ class Study:
         long_only: bool = False,                   # A spot account
         test: str | None = None,                   # Length of the test; None: as `split` has it
         features: tuple[str, ...] = (),            # Families of the user's own, beside ours: see `features.bring`
+        simulated: bool = False,                   # Whether the market is one that was made up
         **sources,                                 # As in `make_inputs`
     ) -> 'Study':
         "Labels, purged parts and inputs of a panel; DataError where the history is too short"
@@ -199,7 +200,7 @@ class Study:
             costs=Costs.of(round_trip, borrow),
             funding=funding_at_opens(panel, sources.get('funding')),
             left_out=why | (refused or {}),
-            digest=digest, question=question,
+            digest=digest, question=question, simulated=simulated,
         )
 
     @property
@@ -480,13 +481,13 @@ class Evidence:
         "The word about the declared book, against cash and its rival"
         name = self.book.rival
         rival = {'volatility-targeted hold' if name == 'hold' else name: self.books[name]}
-        declared = f'{self.book}' + ' on a SIMULATED market' * self.simulated
+        declared = f'{self.book}' + SIMULATED * self.simulated
         return verdict(declared, self.books[OWN], rival, tried._replace(faults=[*tried.faults, *self.absent]))
 
     def verdict_of(self, name: str, tried: Tried) -> Verdict:
         "The word about a further book: against cash, the rival of the declared one, and the declared one itself"
         rivals = {k: self.books[k] for k in (self.book.rival, OWN)}
-        declared = name + ' on a SIMULATED market' * self.simulated
+        declared = name + SIMULATED * self.simulated
         return verdict(declared, self.books[name], rivals, tried._replace(faults=[*tried.faults, *self.absent]))
 
 # %% ../nbs/42_study.ipynb #3e852dba
@@ -593,7 +594,7 @@ def evaluate(
     model: Combined,     # The same recipe, fitted to everything before the test
     study: Study,
     others: dict[str, Rival] | None = None,   # Other networks by name
-    absent: list[str] = (),                   # A sentence on each member that could not be had here
+    absent: list[str] | tuple[str, ...] = (),                   # A sentence on each member that could not be had here
     further: dict[str, Maker] | None = None,  # Further books by name
 ) -> Test:                                    # Everything a report needs
     "Forecast the test span once and set it beside members, baselines, other networks and further books"
@@ -670,6 +671,12 @@ class Terms:
     promises: dict = field(default_factory=dict) # As `promises_of` gives them; empty in a state of an earlier version
     rates: list = field(default_factory=list)    # Learning rates of each network, one an epoch; empty likewise
     further: dict = field(default_factory=dict)  # Further book that was judged beside it, to its word
+    simulated: bool = False         # Whether all of it is about a market that was made up
+
+    @property
+    def judgement(self) -> str:
+        "The word, and where it was earned on a simulated market, that"
+        return self.verdict + ' on a SIMULATED market' * self.simulated
 
     @property
     def declared(self) -> Declared:
@@ -742,6 +749,7 @@ def possible(t: Terms) -> dict[str, bool]:   # Field to whether its value is one
         data=isinstance(t.data, dict),
         promises=isinstance(t.promises, dict) and are_promises(t.promises),
         further=isinstance(t.further, dict) and all(w in ('PASS', 'INCONCLUSIVE', 'FAIL') for w in t.further.values()),
+        simulated=isinstance(t.simulated, bool),
         rates=isinstance(t.rates, list) and all(r and all(is_number(x) and x > 0 for x in r) for r in t.rates),
         policy=all(map(is_number, floats)) and bounded and (policy.neutral != 'none') == book.neutral
                and policy.long_only == book.long_only,
@@ -790,6 +798,7 @@ def measure_terms(
         left_out=study.left_out,
         data=study.data,
         promises=promises_of(test),
+        simulated=study.simulated,
     ), rests_on
 
 # %% ../nbs/42_study.ipynb #9b417a1c
@@ -810,7 +819,7 @@ def record(
     study: Study,
     models: dict[str, Combined | Forecaster],   # By name, with a book in the test
     test: Test,
-    heads: list[str],                  # Of the ledger, as former models carry them
+    heads: list[str] | tuple[str, ...],   # Of the ledger, as former models carry them
     further: dict[str, Maker] | None = None,    # Further books in the test
 ) -> Tried:                            # What the ledger says of the judged one
     "Append the trial of everything that was traded, and count"
@@ -846,8 +855,8 @@ def judge(
     study: Study,
     others: dict[str, Rival] | None = None,   # Other networks to set beside it
     most: int = 128,                          # Samples that the importance of the inputs is measured on
-    heads: list[str] = (),                    # Heads of the ledger that must be in it
-    absent: list[str] = (),                   # A sentence on each member that could not be had here
+    heads: list[str] | tuple[str, ...] = (),                    # Heads of the ledger that must be in it
+    absent: list[str] | tuple[str, ...] = (),                   # A sentence on each member that could not be had here
     further: dict[str, Maker] | None = None,  # Further books by name
 ) -> Judged:
     "One look at the test span, the word about it, and the terms for signals"
@@ -877,7 +886,7 @@ def train_and_judge(
     out,                                   # Folder of checkpoints and histories; an interrupted run in it goes on
     device: str = 'auto',
     stop: threading.Event | None = None,   # Once set, training gives up after its batch
-    heads: list[str] = (),                 # Heads of the ledger that must be in it
+    heads: list[str] | tuple[str, ...] = (),                 # Heads of the ledger that must be in it
     others: dict[str, Rival] | None = None,   # Other networks to set beside it
     most: int = 128,                       # Samples that the importance of the inputs is measured on
     fresh: bool = True,                    # Ship weights that are refit to the newest bar
@@ -887,10 +896,12 @@ def train_and_judge(
     out, what = Path(out), (study.inputs, study.targets)
     spans = spans_again(study)
     def again(name, newest, **k): return refit(found, *what, spans[name], newest, out/name, device, stop, **k)
+    log.info(f'networks: {config.networks}, at most {config.epochs} epochs each')
     found = find(*what, study.parts, config, out, device, stop)
     log.info('once more, to everything before the test')
     model = again('judged', study.parts['gate'], everyone=True)
-    with step('the test'): judged = judge(found.model, model, study, others, most, heads, found.absent, further)
+    with step('the test: forecasts, books, what they rest on'):
+        judged = judge(found.model, model, study, others, most, heads, found.absent, further)
     log.info(judged.verdict)
     terms = replace(judged.terms, rates=[list(rates) for rates in found.rates])
     if not fresh: return Trained(replace(model, bands=judged.test.before), terms, found, judged)

@@ -28,7 +28,9 @@ def bar_returns(panel: Panel) -> np.ndarray:
 SPAN = '7D'    # Span of the exponential weights
 LEAST = 60     # Bars of it, at least
 
-def sigma_span(timeframe) -> int: return bars_of(SPAN, timeframe, LEAST)   # Length of a bar -> bars
+def sigma_span(timeframe) -> int:   # Length of a bar -> bars
+    "Bars of the span"
+    return bars_of(SPAN, timeframe, LEAST)
 
 def trailing_sigma(
     panel: Panel,      # Bars
@@ -209,6 +211,7 @@ def last_sums(
     x: np.ndarray,   # [N, T], NaN where missing
     span: int,       # Bars
 ) -> tuple[np.ndarray, np.ndarray]:   # Sums of the last `span` values at each bar, and how many were there [N, T]
+    "Rolling sums over what is there"
     there = np.isfinite(x)
     def sums(v):
         total = np.cumsum(v, 1)

@@ -78,7 +78,11 @@ def slide(
     return s[a]
 
 # %% ../nbs/11_technical.ipynb #18dfae4c
-def size(x, power): return x * x if power == 2 else abs(x)
+def size(
+    x,       # Number
+    power,   # 1: its size, 2: its square
+):           # The size or the square
+    return x * x if power == 2 else abs(x)
 
 def total_size(
     x,       # Column

@@ -80,6 +80,7 @@ class GatedSkip(nn.Module):
         self.norm = nn.LayerNorm(d_out)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # [..., d], [..., d_out] -> [..., d_out]
+        "What is skipped, plus x through the gate, normalised"
         return self.norm(skip + F.glu(self.linear(self.drop(x)), -1))
 
 # %% ../nbs/20_tft.ipynb #8e1685b3
@@ -100,6 +101,7 @@ class GatedResidualNetwork(nn.Module):
         self.gate = GatedSkip(d, n or d, dropout)
 
     def forward(self, a: Tensor, c: Tensor|None = None) -> Tensor:  # [..., n or d], [..., d] -> [..., n or d]
+        "GRN(a, c)"
         h = self.first(a)
         if self.context is not None: h = h + self.context(c)
         return self.gate(self.second(F.elu(h)), self.skip(a))
@@ -206,6 +208,7 @@ class VariableSelection(nn.Module):
         x: Tensor,                # [..., n]
         c: Tensor|None = None,    # [..., d] context
     ) -> tuple[Tensor, Tensor]:   # [..., d], weights [..., n]
+        "What was selected, and with what weights"
         v = torch.ones_like(x) if self.weigh is None else F.softmax(self.weigh(x, c), -1)
         y = self.networks(x.flatten(0, -2), v.flatten(0, -2))
         return y.unflatten(0, x.shape[:-1]), v
@@ -225,6 +228,7 @@ class StaticEncoder(nn.Module):
         self,
         x: Tensor,                      # [B, n]
     ) -> tuple[list[Tensor], Tensor]:   # c_s, c_e, c_h, c_c each [B, d]; weights [B, n]
+        "The contexts, and the selection weights"
         zeta, weights = self.select(x)
         return [encode(zeta) for encode in (self.c_s, self.c_e, self.c_h, self.c_c)], weights
 
@@ -256,6 +260,7 @@ class LocalEncoder(nn.Module):
         c: Tensor|None,       # [S, d] first cell state likewise
         stride: int = 1,      # Bars from one window to the next
     ) -> tuple[Tensor, Tensor]:   # Like past and future
+        "Past and future as the LSTMs read them, past the gate"
         W, layers = len(future) // len(past), self.encoder.num_layers
         state = None if h is None else tuple(s.expand(layers, -1, -1).contiguous() for s in (h, c))
         read, ends = [], []
@@ -288,6 +293,7 @@ class InterpretableAttention(nn.Module):
         ahead: Tensor,            # [S W, K, d] the positions that ask
         stride: int = 1,          # Bars from one window to the next
     ) -> tuple[Tensor, Tensor]:   # [S W, K, d], mean weights [S W, K, L + K]
+        "What the last positions read, and where"
         W, K = len(ahead) // len(past), ahead.shape[1]
         L = past.shape[1] - (W - 1) * stride
         def window(m): return torch.cat([overlapping(m(past), L, stride), m(ahead)], 1)       # [S W, L + K, ...]
@@ -317,6 +323,7 @@ class QuantileHead(nn.Module):
         self.linear = nn.Linear(d, n)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d] -> [..., Q]
+        "Quantiles in order"
         return ordered(self.linear(x))
 
 # %% ../nbs/20_tft.ipynb #cc51b71d
@@ -410,6 +417,7 @@ class FusionLayers(nn.Module):
         contexts: list[Tensor|None],     # c_s, c_e, c_h, c_c [S, d]
         stride: int = 1,                 # Bars from one window to the next
     ) -> tuple[Tensor, Tensor]:          # States [S W, K, d], attention [S W, K, L + K]
+        "From what was selected to the states (eqs. 17-22)"
         _, c_e, c_h, c_c = contexts
         phi_past, phi = self.local(past, future, c_h, c_c, stride)                # eq. 17
         theta_past = self.enrich(phi_past, to_bars(to_rows(c_e, len(phi_past)), phi_past))
@@ -423,9 +431,11 @@ class FusionLayers(nn.Module):
 class TemporalFusionTransformer(FusionLayers):
     "Temporal Fusion Transformer over real inputs (Lim et al. 2019)"
     def contexts(self, static: Tensor) -> tuple[list[Tensor|None], Tensor]:  # c_s, c_e, c_h, c_c; weights
+        "The four contexts, None without static inputs"
         return self.static(static) if self.static else ([None] * 4, static)
 
     def ahead(self, future: Tensor, c_s: Tensor|None) -> tuple[Tensor, Tensor]:  # [..., K, d], weights
+        "What was selected of the future inputs, or the learnt steps"
         if self.future: return self.future(future, c_s)
         return self.step.expand(*future.shape[:-2], -1, -1), future
 
@@ -435,6 +445,7 @@ class TemporalFusionTransformer(FusionLayers):
         future: Tensor|None = None,  # [B, K, n_future] finite; None where n_future is 0
         static: Tensor|None = None,  # [B, n_static] finite; None where n_static is 0
     ) -> TFTOutput:
+        "Forecasts of single windows"
         return self.shared(past, future, static, windows=1)
 
     def shared(

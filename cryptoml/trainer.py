@@ -140,6 +140,7 @@ def adamw(
 def steps_taken(
     optimizer: torch.optim.Optimizer,   # One that counts, such as AdamW
 ) -> int:
+    "Steps that the optimiser remembers"
     return int(next((state['step'] for state in optimizer.state.values()), 0))
 
 @contextlib.contextmanager
@@ -199,7 +200,9 @@ class Ranks:
         self.joined = joined      # Whether they are connected
 
     @property
-    def first(self) -> bool: return self.number == 0
+    def first(self) -> bool:
+        "Whether this one decides and writes"
+        return self.number == 0
 
     def own(self, accumulate: int) -> tuple[int, range]:
         "Into how many pieces a batch is cut, and which of them are ours"
@@ -227,7 +230,8 @@ class Ranks:
     def tell(self, find: Callable[[], Any]):
         "What `find` gives to the first process, or its error, in every process"
         if not self.joined: return find()
-        error, message = None, [None, None]
+        error = None
+        message: list = [None, None]
         if self.first:
             try: message[0] = find()
             except Exception as e: error, message[1] = e, str(e)
@@ -268,6 +272,7 @@ def go_on_alone():
 def threads_of(
     threads: int,   # Of all processes of this machine
 ) -> int:           # Of this one, at least 1
+    "This process's share of the threads of its machine"
     return max(1, threads // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 # %% ../nbs/30_trainer.ipynb #cfc91a5c

@@ -94,6 +94,7 @@ class Space:
         return out
 
     def described(self) -> dict:
+        "As JSON has it"
         return dict(ranges={k: distribution_to_json(r) for k, r in self.ranges.items()}, multiples=self.multiples)
 
 # %% ../nbs/31_tune.ipynb #edca9cca
@@ -114,7 +115,7 @@ SPACE = Space(       # Of a network with attention
 class Memory:
     "A study that ends with its process"
     place = 'memory'
-    errors = ()      # What going on without the place raises
+    errors: tuple = ()      # What going on without the place raises
 
     def __init__(self): self.storage = InMemoryStorage()
     def present(self, worker: str): return contextlib.nullcontext()
@@ -133,7 +134,7 @@ class _Lines(JournalFileBackend):
 # %% ../nbs/31_tune.ipynb #f745ba12
 class Folder:
     "A study in a folder of this machine"
-    errors = ()
+    errors: tuple = ()
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -210,7 +211,7 @@ class Database:
         self._call('pg_advisory_lock', word)
         try: yield
         finally:
-            with contextlib.suppress(self.errors): self._call('pg_advisory_unlock', word)
+            with contextlib.suppress(*self.errors): self._call('pg_advisory_unlock', word)
 
     @contextlib.contextmanager
     def present(self, worker: str):
@@ -234,6 +235,7 @@ def _lost(place: str, e: Exception) -> str:
     return f'{place} cannot be used: {cause}; the search goes on where it was when it is started again'
 
 def open_store(folder, url: str | None, name: str):   # -> Memory, Folder or Database
+    "Where a study lives: a database if there is a url, else a folder if one is named, else memory"
     if url is not None: return Database(url, name)
     return Memory() if folder is None else Folder(folder)
 
@@ -593,6 +595,10 @@ class HyperparameterOptimizer:
             found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
         return pd.Series(found, name='importance (PED-ANOVA)')
 
-    def plot_history(self, ax=None): return plot_history(self.table(), self.maximize, ax)
+    def plot_history(self, ax=None):
+        "Value of each trial, and the best so far"
+        return plot_history(self.table(), self.maximize, ax)
 
-    def plot_importance(self, ax=None): return plot_importance(self.importance(), ax)
+    def plot_importance(self, ax=None):
+        "A bar a setting"
+        return plot_importance(self.importance(), ax)

@@ -47,7 +47,7 @@ def spans(
     return [Fold(a, b) for a, b in zip(days, days[1:])]
 
 # %% ../nbs/47_walkforward.ipynb #4f9840a9
-SETTINGS = ('borrow', 'question', 'book', 'long_only', 'features')     # Options that are no source
+SETTINGS = ('borrow', 'question', 'book', 'long_only', 'features', 'simulated')     # Options that are no source
 BOOK = [f.name for f in fields(Book) if f.name not in ('time', 'data', 'unfunded')]
 
 def keep(evidence: Evidence, root):
@@ -202,7 +202,7 @@ def set_beside(test: Test, other: Test, name: str):
                         'not the same: give sources that cover the same coins')
     test.said[name], test.books[name] = other.said[OWN], other.books[OWN]
 
-def check_without(without: list[str], options: dict):
+def check_without(without: list[str] | tuple[str, ...], options: dict):
     "DataError where a source that is to be left out is not there"
     if lost := [k for k in without if options.get(k) is None]:
         raise DataError(f'{lost[0]} cannot be left out, for it is not given')
@@ -218,7 +218,7 @@ def run_fold(
     device: str = 'cpu',
     threads: int = 1,
     further: dict[str, Maker] | None = None,   # Further books by name
-    without: list[str] = (),                   # Sources, each left out of a second forecast
+    without: list[str] | tuple[str, ...] = (),                   # Sources, each left out of a second forecast
     parent: int | None = None,                 # Process that this one ends with; None: it goes on alone
 ) -> str:                   # The word about this fold, in words
     "Everything about one fold, from its bars to its evidence and its model"
@@ -257,7 +257,7 @@ def walk(
     device: str = 'cpu',
     threads: int = 1,        # Of each
     further: dict[str, Maker] | None = None,   # Further books by name
-    without: list[str] = (),                   # Sources, each left out of a second forecast
+    without: list[str] | tuple[str, ...] = (),                   # Sources, each left out of a second forecast
 ) -> list[Evidence]:         # Of every fold, in their order
     "Run the folds that are missing, a process each, and read the evidence of all"
     check_without(without, options)

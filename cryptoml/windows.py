@@ -86,8 +86,13 @@ def bar_length(
     "Time from one bar to the next"
     return time[1] - time[0] if len(time) > 1 else pd.Timedelta('1h')
 
-def memory(timeframe) -> int: return bars_of('30D', timeframe, 120)    # Bars that describe a coin
-def enough(timeframe) -> int: return bars_of('100h', timeframe, 30)    # Returns among them that must be there
+def memory(timeframe) -> int:   # Length of a bar -> bars
+    "Bars that describe a coin"
+    return bars_of('30D', timeframe, 120)
+
+def enough(timeframe) -> int:   # Length of a bar -> returns
+    "How many of their returns must be there"
+    return bars_of('100h', timeframe, 30)
 
 def months(
     time: pd.DatetimeIndex,   # Bar opens [T], UTC, regular
@@ -100,6 +105,7 @@ def months(
     return month.astype(np.int64), [slice(max(0, t - bars), t) for t in begins]
 
 def log_returns(close: np.ndarray) -> np.ndarray:   # [N, T] -> [N, T], the first NaN
+    "Log return of each bar"
     return np.diff(np.log(close), axis=1, prepend=np.nan)
 
 # %% ../nbs/19_windows.ipynb #77e88f69
@@ -135,13 +141,15 @@ def describe(
 def row_mean(
     x: np.ndarray,       # [N, T], 0 where missing
     there: np.ndarray,   # [N, T], bool
-) -> np.ndarray:         # Mean of each row over what is there [N, 1]
+) -> np.ndarray:         # [N, 1]
+    "Mean of each row over what is there"
     return x.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
 
 def unit(
     x: np.ndarray,       # [N, T], 0 where missing
     there: np.ndarray,   # [N, T], bool
-) -> np.ndarray:         # Rows of root mean square 1 [N, T]
+) -> np.ndarray:         # [N, T]
+    "Rows scaled to a root mean square of 1"
     return x / np.maximum(np.sqrt(row_mean(x ** 2, there)), 1e-12)
 
 def centred(
@@ -163,7 +171,8 @@ def together(
     b: np.ndarray,         # Likewise
     there_a: np.ndarray,   # [N, T], bool
     there_b: np.ndarray,   # Likewise
-) -> tuple[np.ndarray, np.ndarray]:   # Sums of products of each row of a with each of b [N, N], and of how many
+) -> tuple[np.ndarray, np.ndarray]:   # [N, N] each
+    "Sums of products of each row of a with each row of b, and of how many"
     return a @ b.T, np.maximum(there_a.astype(float) @ there_b.T, 1)
 
 def relate(
@@ -192,12 +201,14 @@ def relate(
 TRAILING = ('1D', '7D', '30D')   # Spans, rising
 
 def trailing_spans(timeframe) -> tuple[int, ...]:   # Length of a bar -> bars, rising
+    "`TRAILING` in bars, eight at least"
     day, *longer = (bars_of(span, timeframe, 8) for span in TRAILING)
     return day, *longer
 
 def co_movement(
     moves: Tensor,   # Returns [..., N, T], NaN where missing
-) -> Tensor:         # Sums over the times that both have: of products, of the row's squares, of ones [..., N, N, 3]
+) -> Tensor:         # [..., N, N, 3]: of products, of the row's squares, of ones
+    "Sums over the times that both coins of a pair have"
     there = moves.isfinite()
     r = moves.masked_fill(~there, 0)
     there = there.to(r.dtype)
@@ -293,7 +304,8 @@ class Samples:
     bar: np.ndarray    # Place of the bar in the panel [S], int64
 
     @classmethod
-    def where(cls, chosen: np.ndarray) -> 'Samples':   # [N, T], bool; coin by coin
+    def where(cls, chosen: np.ndarray) -> 'Samples':   # [N, T], bool
+        "The chosen ones, coin by coin"
         return cls(*np.nonzero(chosen))
 
     def __len__(self) -> int: return len(self.bar)
@@ -302,6 +314,7 @@ class Samples:
         return Samples(self.coin[i], self.bar[i])
 
     def of(self, a: np.ndarray) -> np.ndarray:         # [N, T, ...] -> [S, ...]
+        "Values at the samples"
         return a[self.coin, self.bar]
 
 # %% ../nbs/19_windows.ipynb #8d861d36

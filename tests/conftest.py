@@ -55,7 +55,8 @@ def resident():
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 ASKED = dict(bots='a real freqtrade runs, for minutes: make bots',
-             cluster='a Ray cluster of two nodes, for minutes: make cluster')
+             cluster='a Ray cluster of two nodes, for minutes: make cluster',
+             types='a type checker reads the package, for a minute: make types')
 
 PAGE = '::test_notebook['   # Of a test that runs a page, which has no fixture to share
 

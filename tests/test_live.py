@@ -2,10 +2,12 @@
 
 `CRYPTOML_LIVE_BARS=1000` (`make faults`) follows a thousand bars, in place of some dozens.
 """
-import json, os, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+import contextlib, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
 from dataclasses import replace
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,10 +18,10 @@ from cryptoml.data import CANDLE
 from cryptoml.feeds import Feed
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.jobs import main
-from cryptoml.live import (CLOSE, Desk, Handler, Live, Paper, Server, Settings, differing, load_ai, parity,
-                           say)
+from cryptoml.live import (CLOSE, Desk, Handler, Live, Paper, Server, Settings, alerts_of, differing, load_ai,
+                           parity, say)
 from cryptoml.simulate import simulate
-from cryptoml.state import StateError, read_lines
+from cryptoml.state import StateError, load, read_lines, save
 from replay_exchange import replaying
 
 ccxt = pytest.importorskip('ccxt')
@@ -75,6 +77,22 @@ def spoilt(bars, born):
         wrong[coin, at] = kind
     return bars, wrong, gone
 
+@contextlib.contextmanager
+def chat():
+    "A webhook on loopback: what it is told, and the environment that names it"
+    heard = SimpleNamespace(messages=[])
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.messages.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
+            self.send_response(204)
+            self.end_headers()
+        def log_message(self, *_): pass
+    with HTTPServer(('127.0.0.1', 0), Webhook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        heard.environment = dict(CRYPTOML_WEBHOOK=f'http://127.0.0.1:{server.server_port}/x', CRYPTOML_CHAT='7')
+        yield heard
+        server.shutdown()
+
 def looped(exchange, ai, folder, model, **more):
     "A loop by the clock of a replay, which its sleep moves"
     feed = Feed(ccxt.binance(exchange.ccxt_config()), ai.live().terms.symbols, '1h', retries=6, pause=.002)
@@ -85,11 +103,11 @@ def looped(exchange, ai, folder, model, **more):
 def test_faults_of_an_exchange(model, tmp_path):
     "Nothing but HOLD on wrong bars, no exception, every signal computed again; a coin goes, one is added at a restart"
     bars, wrong, gone = spoilt(model.everything, model.born)
-    with replaying(bars, start=model.born + .5 * H, faults=FAULTS, hang=.2, seed=1) as exchange:
+    with replaying(bars, start=model.born + .5 * H, faults=FAULTS, hang=.2, seed=1) as exchange, chat() as heard:
         began = time.monotonic()
         for added in (None, model.late):
             ai = load_ai(model.state, 'FAIL')
-            loop = looped(exchange, ai, tmp_path, model)
+            loop = looped(exchange, ai, tmp_path, model, alerts=alerts_of(heard.environment))
             if added: ai.add_coin(added)
             loop.run(BARS // 2)
         seconds, injected = time.monotonic() - began, dict(exchange.injected)
@@ -107,7 +125,10 @@ def test_faults_of_an_exchange(model, tmp_path):
     assert sum(not x['prediction']['faults'] for x in of_late) > .75 * len(of_late) > 0
     assert {'BUY', 'SELL'} & set(decisions), decisions.value_counts()
     assert np.isfinite([x['equity'] for x in read_lines(tmp_path/'equity.jsonl')]).all()
-    assert not [x for x in read_lines(tmp_path/'faults.jsonl') if x['where'] not in ('feed', 'bars')]
+    faults = read_lines(tmp_path/'faults.jsonl')
+    told = {re.match(r'cryptoml live, (\w+): ', x['text'])[1] for x in heard.messages}
+    assert {x['where'] for x in faults} == {'feed', 'bars'} == told - {'monitor'}
+    assert {x['chat_id'] for x in heard.messages} == {'7'}
 
 def said_alone(journal, model):
     "A fresh model that is asked about one moment only says the same, but for the intervals, which learn"
@@ -164,6 +185,19 @@ def test_parity_without_the_weights(model, ai, tmp_path):
     sessions = tmp_path/'sessions.jsonl'
     sessions.write_text(sessions.read_text().replace(ai.model_name(), 'other weights'))
     assert main(['live', '--parity', str(tmp_path)]) == 1
+
+def test_parity_of_older_weights(model, tmp_path):
+    "What was said by weights that a newer save has followed is computed again with them"
+    state = shutil.copytree(model.state, tmp_path/'state')
+    ai = load_ai(state, 'FAIL')
+    with replaying(model.bars, start=model.born + .5 * H) as exchange:
+        looped(exchange, ai, tmp_path/'out', SimpleNamespace(state=state)).run(2)
+    tensors, about = load(state)
+    next(iter(tensors['network_0'].values())).add_(.01)
+    save(state, tensors, about)
+    assert load_ai(state).model_name() != ai.model_name()
+    found = parity(tmp_path/'out')
+    assert (found['lost'], found['different'], found['entries']) == (0, 0, 2)
 
 def test_one_loop_at_a_time(model, ai, tmp_path):
     with replaying(model.bars, start=model.born + .5 * H) as exchange:

@@ -141,7 +141,7 @@ def test_the_job(tmp_path):
     assert metrics['next'].endswith('as here' if metrics['won'] in METAS else 'which it did not here')
     assert {row['way'] for row in metrics['ways']} >= {NOT_ADAPTED, 'MAML', 'fine-tuning', REFIT}
     page = (tmp_path/'run'/'report.html').read_text()
-    assert page.count('<img') == 1 and 'fine-tuning, last bias' in page
+    assert page.count('<figure') == 1 and 'fine-tuning, last bias' in page
     learner = Learner.load(tmp_path/'run')
     assert learner.horizon == 12 and learner.steps == metrics['steps']
     coins = Coins.of(PANEL, Plan.of(PANEL, horizon=12, every=2, count=4))

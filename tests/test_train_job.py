@@ -2,11 +2,12 @@
 import json, math, os, subprocess, sys, time
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
 from cryptoml.calibration import ODD
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.ledger import read_ledger
+from cryptoml.report import KEPT, read_run, write_report
 from cryptoml.simulate import simulate
 from cryptoml.state import load, lock, read_lines
 
@@ -118,13 +119,30 @@ def test_what_a_run_reports(runs):
     assert {'ensemble'} | members | beside <= {r['model'] for r in m['rows']}
     assert {r['model'] for r in m['rows'] if r['over']} == {'ensemble'}
     assert 'ensemble' in {b['book'] for b in m['books']}
-    assert 'Shares of the members' in page and 'SIMULATED' not in m['verdict']['book']
+    assert 'Shares of the members' in page and 'SIMULATED' not in m['verdict']['book'] and 'SIMULATED' not in page
     assert set(m['rows'][0]) == {'target', 'horizon', 'model', 'metric', 'over', 'value', 'lo', 'hi', 'n'}
     assert {'digest', 'span', 'symbols'} <= set(m['data'])
     assert 'cannot be split' in m['left_out']['GOLD'] and 'Left out: GOLD' in page
-    assert page.count('data:image/png') >= 6 and m['verdict']['word'] in page
+    assert page.count('<figure') == 8 and f'<title>{m["verdict"]["word"]}: ' in page and str(runs[1]/'model') in page
     left = {f.name for f in runs[1].iterdir()}
-    assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model'} <= left
+    assert {'train.ipynb', 'report.html', 'params.json', 'metrics.json', 'history.jsonl', 'model', *KEPT} <= left
+
+
+def test_the_report_is_made_again_from_what_the_run_kept(runs, tmp_path):
+    "To the last byte; and what the tables hold is what the metrics say"
+    assert write_report(runs[0], tmp_path/'again.html').read_bytes() == (runs[0]/'report.html').read_bytes()
+    run, m = read_run(runs[0]), metrics_of(runs[0])
+    assert len(run.rows) == len(m['rows']) and run.threshold == m['threshold']
+    days, daily = run.daily()
+    figures = {b['book']: b for b in m['books'] if b['case'] == 'costs as stated'}
+    assert daily.keys() == figures.keys()
+    for name, r in daily.items():
+        assert r.std() * np.sqrt(365) == pytest.approx(figures[name]['annual volatility'])
+    brought = sum(c['net'] for c in run.facts['coins_brought'])
+    own = run.books[(run.books.case == 'costs as stated') & (run.books.book == 'ensemble')]
+    assert brought == pytest.approx(np.log1p(own.ret).sum(), abs=.05)        # coins add up to the book
+    published = write_report(runs[0], tmp_path/'static.html', static=True).read_text()
+    assert '<script' not in published and str(runs[0]) not in published
 
 
 STEADY = """

@@ -3,6 +3,9 @@ import json, subprocess, sys, time
 
 import psutil, pytest
 
+from cryptoml.report import ReportError
+from cryptoml.results import write_walk_report
+
 def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
     pytest.importorskip('stable_baselines3', reason="pip install 'cryptoml[rl]'")
     out = tmp_path/'walk'
@@ -19,6 +22,12 @@ def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
     assert {'ppo', 'without extra'} <= {r['over'] for r in metrics['rows'] if r['target'] == 'book' and r['over']}
     report = (out/'report.html').read_text()
     assert 'What a source is worth' in report and 'constant fraction' in report
+    assert '(SIMULATED): cryptoml walk-forward' in report and 'SIMULATED market' in metrics['verdict']['book']
+    assert 'on a SIMULATED market' in done.stdout and report.count('<figure') >= 3
+    assert write_walk_report(out, tmp_path/'again.html').read_text() == report           # to the last byte
+    published = write_walk_report(out, tmp_path/'static.html', static=True).read_text()
+    assert '<script' not in published and str(tmp_path) not in published
+    with pytest.raises(ReportError, match='holds no walk that has ended'): write_walk_report(tmp_path)
     trials = [json.loads(t) for t in ledger.read_text().splitlines()]
     assert {'ppo', 'utility size', 'constant fraction', 'ensemble', 'walk-forward'} <= {t['name'] for t in trials}
 
