@@ -240,7 +240,7 @@ def return_rows(
     level: float,                   # Level of the gain intervals
     own: str = OWN,                 # The book that is compared with the others
 ) -> list[dict]:                    # Rows
-    "Annual Sharpe ratio of each book, the probability that it is above zero, and the judged one's gain in the ratio"
+    "Annual Sharpe ratio of each book, its probabilistic Sharpe ratio, and the judged one's gain in the ratio"
     others = rivals(daily, own)
     n = len(daily[own])
     day = np.arange(n)
@@ -281,7 +281,7 @@ class Verdict:
     book: str                   # The declared book, in words
     sharpe: tuple               # Annual net Sharpe: value, lo, hi
     gains: dict                 # Declared baseline, cash among them, to the Sharpe gain over it: value, lo, hi
-    deflated: float             # Deflated Sharpe ratio, a probability
+    deflated: float             # Deflated Sharpe ratio: 1 - p against the best of so many without skill
     trials: int                 # Books tried, this one and failed ones included
     effective: float            # What they add up to: alike ones count for less
     days: int                   # Length of the test
