@@ -6,9 +6,9 @@
 __all__ = ['OWN', 'SUREST', 'LEAST_DAYS', 'PASS_DAYS', 'SIMULATED', 'TARGETS', 'row', 'gain_rows', 'rivals', 'joint_level',
            'class_figures', 'class_rows', 'qlike_of_logs', 'number_rows', 'bounds', 'held', 'quantile_rows',
            'interval_rows', 'by_time', 'neutral', 'rank_rows', 'daily_returns', 'return_rows', 'book_rows', 'Verdict',
-           'needed_days', 'count_trials', 'track_record', 'say', 'verdict', 'score_table', 'gain_table', 'Comparison',
-           'up_or_down', 'comparisons', 'interval_losses', 'losses', 'duels', 'adjusted', 'behind', 'behind_anywhere',
-           'scored', 'split_rows']
+           'needed_days', 'count_trials', 'scatter_of', 'track_record', 'say', 'verdict', 'score_table', 'gain_table',
+           'Comparison', 'up_or_down', 'comparisons', 'interval_losses', 'losses', 'duels', 'adjusted', 'behind',
+           'behind_anywhere', 'scored', 'split_rows']
 
 # %% ../nbs/41_verdict.ipynb #d1270279
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from .calibration import LEVELS
 from .metrics import (Interval, cosines, cross_residual, deflated_sharpe, diebold_mariano, ece,
                               expected_max_sharpe, holm, interval_auc, interval_mean, interval_r2,
                               interval_score_loss, interval_sharpe, mcc, min_track_record, nll, pinball_loss, psr,
-                              qlike_loss, rank_ic_series, surest, unbiased)
+                              qlike_loss, rank_ic_series, sharpe_error, surest, unbiased)
 from .backtest import Book, append_trial
 from .ledger import Tried, read_ledger
 
@@ -321,7 +321,8 @@ def needed_days(
     bound = z((1 + level) / 2) + z(.8)
     t = stdtrit(cosines(days), (1 + level) / 2)
     error = {k: (g.hi - g.value) / t * np.sqrt(days) for k, g in gains.items()}       # of one day
-    luck = expected_max_sharpe(effective, np.sqrt(365)) + (z(.95) + z(.8)) * error['cash']
+    scatter = max(np.sqrt(365), error['cash'])                                        # as in `scatter_of`, of one day
+    luck = expected_max_sharpe(effective, scatter) + (z(.95) + z(.8)) * error['cash']
     roots = [bound * error[k] / g.value for k, g in gains.items()] + [luck / gains['cash'].value]
     return int(np.ceil(max(PASS_DAYS, max(roots) ** 2)))
 
@@ -338,6 +339,12 @@ def count_trials(
     return read_ledger().tried(days, returns, question)
 
 # %% ../nbs/41_verdict.ipynb #352f27f1
+def scatter_of(returns: np.ndarray) -> float:   # Daily [D] -> standard deviation of annual ratios
+    "How ratios without skill scatter over days like these"
+    independent = np.sqrt(365 / len(returns))
+    return max(independent, sharpe_error(returns, 365, dependent=True)) if returns.std() > 0 else independent
+
+# %% ../nbs/41_verdict.ipynb #9c033471
 def track_record(returns: np.ndarray) -> int | None:   # Daily [D] -> days; None where nothing was gained
     "Minimum track record against cash, dependent days considered"
     if not returns.mean() > 0 or not returns.std() > 0: return None
@@ -365,7 +372,7 @@ def verdict(
     day = np.arange(n)
     others = dict(cash=np.zeros(n)) | daily
     gains = {k: interval_sharpe(returns, day, 365, over=r, level=level) for k, r in others.items()}
-    luck = tried.effective, np.sqrt(365 / n)                 # trials without skill scatter so
+    luck = tried.effective, scatter_of(returns)
     deflated = deflated_sharpe(returns, *luck, 365, dependent=True) if returns.std() > 0 else 0.
     word = say(gains, deflated, n, tried.faults)
     needed = needed_days(gains, n, tried.effective, level) if word == 'INCONCLUSIVE' else None
