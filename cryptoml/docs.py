@@ -122,6 +122,7 @@ def to_myst(
     "Quarto's markdown as MyST: links, figure references, callouts"
     page = re.escape(base) + r'/([\w/.-]+?)\.html'
     s = re.sub(r'\[(\[`[^`]+`\]\([^)]+\))\]\([^)]+\)', r'\1', s)                       # nbdev links within a link
+    s = re.sub(r'\[(`[a-z]+`)\]\(' + page + r'#[a-z]+\)', lambda m: m[0] if m[2] == own else m[1], s)   # a word
     s = re.sub(page + r'#([a-z][\w.]*)', r'#api-\1-\2', s)                             # a symbol
     s = re.sub(page + r'(#\w*)?', r'/\1.ipynb', s)                                     # a page, or a private name on it
     s = re.sub(r'\]\(((?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_([\w.-]+\.ipynb)', r'](\1\2', s)   # 20_tft.ipynb is served as tft
@@ -289,8 +290,9 @@ def reports_page(names: list[Name], proc: Path) -> str | None:     # None: there
         word = re.search(r'\b(PASS|INCONCLUSIVE|FAIL)\b', body)
         simulated = ', SIMULATED' if re.search(r'\bSIMULATED\b', body) else ''
         if not name or not word: raise SiteError(f'{f.name} is no report: it has no title, or says no word')
-        lines.append(f'- <a href="reports/{f.name}">{name[1].strip()}</a>: {word[1]}{simulated}')
-    what = '*What a run leaves behind, as it was written.*'
+        said = '' if name[1].strip().startswith(word[1]) else f': {word[1]}{simulated}'
+        lines.append(f'- <a href="reports/{f.name}">{name[1].strip()}</a>{said}')
+    what = '*What a run leaves behind, with pictures in place of charts: `cryptoml report RUN --static`.*'
     return '\n'.join(['# Reports', '', what, '', *lines]) if lines else None
 
 MADE = {'api.html': api_page, 'catalogue.html': features_page, 'reports.html': reports_page}
@@ -381,9 +383,11 @@ table.names tr+tr td+td{border:0}}
 .main{min-width:0}
 @media(min-width:82em){.content{padding:0 2em;width:min(58em,100% - 19em)}
 .sidebar-drawer{width:max(15em,calc(50% - 36em))}}
-body[data-theme=dark] div.cell_output img{filter:invert(.92) hue-rotate(180deg)}
+.highlight .nn,.highlight .nc{text-decoration:none!important}
+@media(max-width:30em){h1{font-size:2rem}.theme-toggle-header{margin-right:.5rem}}
+body[data-theme=dark] :is(div.cell_output img,img[src$="report.png"]){filter:invert(.92) hue-rotate(180deg)}
 @media(prefers-color-scheme:dark){
-body:not([data-theme=light]) div.cell_output img{filter:invert(.92) hue-rotate(180deg)}}
+body:not([data-theme=light]) :is(div.cell_output img,img[src$="report.png"]){filter:invert(.92) hue-rotate(180deg)}}
 """
 
 # %% ../nbs/90_docs.ipynb #0060c46a

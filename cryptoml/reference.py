@@ -154,7 +154,7 @@ def head(
 ) -> str:                  # HTML
     "What a page offers, before its story; nothing where it has no names"
     tops = [n for n in names if '.' not in n.name]
-    first = (sorted((n for n in tops if n.name in used), key=lambda n: -used[n.name]) or tops)[:ROWS]
+    first = sorted(tops, key=lambda n: (-used.get(n.name, 0), n.name[0].islower()))[:ROWS]    # then classes, in order
     inside = [n for n in tops if n not in first]
     if not tops: return ''
     rows = []
