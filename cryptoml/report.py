@@ -1012,7 +1012,8 @@ def draw_confidence(run: Run):
 def confidence_html(run: Run) -> str:
     "How honest the confidence is, how right the surest are"
     caption = 'Accuracy at coverage: of all forecasts, of the surest half and tenth (95 % intervals).'
-    return sure_html(*sure_of(run), question_of(run), run.static) + table_html(surest_table(run), caption)
+    said, kept = sure_of(run)
+    return sure_html(said, kept, question_of(run), run.static) + table_html(surest_table(run), caption)
 
 # %% ../nbs/43_report.ipynb #05fda844
 def see_through(ax):
@@ -1136,7 +1137,7 @@ def scores_html(rows: list[dict]) -> str:
     return table_html(pd.DataFrame(said).set_index('forecast of'))
 
 # %% ../nbs/43_report.ipynb #5b0c31a0
-def forest_html(rows: list[dict], horizon: int, absent: list[str] = (), static: bool = False) -> str:
+def forest_html(rows: list[dict], horizon: int, absent: Iterable[str] = (), static: bool = False) -> str:
     "Forecasts against members and baselines: the picture first"
     g = gain_table(rows)
     counts = g['clear'].value_counts()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import fractional_matrix_power
 
 from .data import parse_timeframe
 
@@ -224,6 +223,7 @@ def shocks(
     hours: float = 1.,         # Length of a bar
 ) -> dict:                     # Arrays by name; time axis T + 1
     "Regimes, volatilities and unexpected returns of all coins"
+    from scipy.linalg import fractional_matrix_power       # slow to import, and a bot that is live needs none of it
     bars = len(hour)
     regime = markov(rng.random(bars), fractional_matrix_power(TRANSITION, hours), OCCUPANCY)
     beta = rng.uniform(0.8, 1.4, n)[:, None]

@@ -896,16 +896,17 @@ def train_and_judge(
     out, what = Path(out), (study.inputs, study.targets)
     spans = spans_again(study)
     def again(name, newest, **k): return refit(found, *what, spans[name], newest, out/name, device, stop, **k)
-    log.info(f'networks: {config.networks}, at most {config.epochs} epochs each')
+    trainings = 3 if fresh else 2
+    log.info(f'training 1 of {trainings}, to the older part: at most {config.epochs} epochs')
     found = find(*what, study.parts, config, out, device, stop)
-    log.info('once more, to everything before the test')
+    log.info(f'training 2 of {trainings}, to everything before the test')
     model = again('judged', study.parts['gate'], everyone=True)
     with step('the test: forecasts, books, what they rest on'):
         judged = judge(found.model, model, study, others, most, heads, found.absent, further)
     log.info(judged.verdict)
     terms = replace(judged.terms, rates=[list(rates) for rates in found.rates])
     if not fresh: return Trained(replace(model, bands=judged.test.before), terms, found, judged)
-    log.info('once more, to the newest bar')
+    log.info(f'training 3 of {trainings}, to the newest bar')
     shipped = again('shipped', study.parts['test'])
     return Trained(replace(shipped, bands=judged.test.after), until_newest(terms, study), found, judged)
 

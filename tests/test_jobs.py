@@ -128,7 +128,7 @@ def test_refusal_outside_python(walk):
     done = command(walk, '-p', 'steps=x', cwd=walk.parent)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
     done = command('tarin')
-    assert done.returncode == 2 and 'there is no job tarin' in done.stderr
+    assert done.returncode == 2 and 'there is no job or command tarin: did you mean train?' in done.stderr
 
 def test_refusal_is_quick(walk):
     "What takes seconds to import has not been imported, and no process was started"
