@@ -557,8 +557,7 @@ class UltimateTradingAI(AsyncTwins):
             panel, report = read_panel(data, symbols, timeframe=c.timeframe, now=clock(None), resample=c.resample)
             known = report.digest, c.borrow, c.question, report.refused
             study = Study.of(panel, c.horizons, c.round_trip, extra, *known, c.book, c.long_only,
-                             features=c.features, **sources)
-            study = replace(study, simulated=is_simulated(data))
+                             features=c.features, simulated=is_simulated(data), **sources)
             size = pick_size(c.size, self.device)
             settings = ForecasterConfig(c.horizons, size, round_trip=c.round_trip, epochs=epochs, seed=c.seed,
                                         networks=c.networks)

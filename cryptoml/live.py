@@ -880,9 +880,10 @@ def sources_for(ai: UltimateTradingAI, feed: Feed, extra: str | None, chain: str
 
 def alerts_of(environment) -> Alerts | None:   # None: nobody is told
     "Where what goes wrong is told: the webhook in CRYPTOML_WEBHOOK, and for Telegram its chat in CRYPTOML_CHAT"
-    address, chat = (environment.get(f'CRYPTOML_{name}') for name in ('WEBHOOK', 'CHAT'))
+    address = environment.get('CRYPTOML_WEBHOOK')
+    chat = environment.get('CRYPTOML_CHAT')
     if not address: return None
-    return Alerts(address, **dict(chat_id=chat) if chat else {})
+    return Alerts(address, chat_id=chat) if chat else Alerts(address)
 
 def function_named(name: str):
     "The function that the user calls module:function; CommandError where there is none"

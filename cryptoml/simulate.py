@@ -469,7 +469,8 @@ def assemble(
 def is_simulated(
     bars,      # A market frame, or whatever else somebody trains on
 ) -> bool:
-    "Whether bars say that they were made up"
+    "Whether bars say that they were made up, all of them or some"
+    if isinstance(bars, dict): return any(map(is_simulated, bars.values()))
     return bool(getattr(bars, 'attrs', {}).get('simulated'))
 
 # %% ../nbs/01_simulate.ipynb #433be7f9

@@ -676,7 +676,7 @@ class Terms:
     @property
     def judgement(self) -> str:
         "The word, and where it was earned on a simulated market, that"
-        return self.verdict + ' on a SIMULATED market' * self.simulated
+        return self.verdict + SIMULATED * self.simulated
 
     @property
     def declared(self) -> Declared:
