@@ -75,7 +75,7 @@ bench: .venv/.ready
 	@for b in bench/*.py; do [ ! -e "$$b" ] || $(BIN)/python "$$b" || exit 1; done
 
 # The long simulations behind what is claimed of intervals, trials, gate and word; their tables stand on those pages.
-EVIDENCE := nbs/05_metrics.ipynb nbs/08_ledger.ipynb nbs/39_gate.ipynb nbs/41_verdict.ipynb nbs/jobs/evidence.ipynb
+EVIDENCE := nbs/200_metrics.ipynb nbs/230_ledger.ipynb nbs/500_gate.ipynb nbs/520_verdict.ipynb nbs/jobs/evidence.ipynb
 evidence: export OMP_NUM_THREADS ?= 1
 evidence: .venv/.ready
 	@. $(BIN)/activate && \

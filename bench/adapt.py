@@ -5,7 +5,7 @@ half an hour)
 The recipe is found on bars up to 2023-07. From there on every forecast is made by a model of bars before it, and scored
 when its labels are known. Left alone: the first model all year. Refit: networks once a month, regressions and trees
 every week, on everything that is known. Guarded: once a month candidates are judged on forty days and one of them, or
-none, goes live. Losses are those of 46_adapt, in units of the model left alone; a fold is a quarter of the year."""
+none, goes live. Losses are those of 620_adapt, in units of the model left alone; a fold is a quarter of the year."""
 import os
 import sys
 import tempfile

@@ -1,7 +1,7 @@
 """Coins left out of training, each entering at a date, with ten windows to adapt on:
 `CRYPTOML_DATA=folder python bench/newcoins.py all` (three CPU minutes; real bars of spot_1h)
 
-`38_newcoins` says what is compared, and how. Here: every coin is left out once, in one of three folds drawn by a seed.
+`450_newcoins` says what is compared, and how. Here: every coin is left out once, in one of three folds drawn by a seed.
 Training sees the other coins until 2022-06; what is chosen (steps, rates, epochs) is chosen on them in the half-year
 after it. From 2023 on a coin that was left out enters once a month, with ten decisions a day apart whose labels are
 known then; forecast is every fourth hour of its first two weeks."""

@@ -1,6 +1,7 @@
 """The pages of the guide say what the package does: every message on one page, every module in one drawing"""
 import ast, functools, importlib, json, re
 from pathlib import Path
+import yaml
 
 root = Path(__file__).parents[1]
 guide = root/'nbs'/'guide'
@@ -202,17 +203,22 @@ def written(name):
 
 def drawn():
     "Module -> its room, and room -> the rooms that it uses"
-    rooms = {k.arg: ast.literal_eval(k.value).split() for k in written('ROOMS').keywords}
-    return {m: room for room, inside in rooms.items() for m in inside}, ast.literal_eval(written('ARROWS'))
+    rooms = rooms_of_the_house()
+    pages = sorted((root/'nbs').glob('[0-9]*.ipynb'))
+    return {p.stem[4:]: rooms[int(p.stem[0])] for p in pages}, ast.literal_eval(written('ARROWS'))
+
+def rooms_of_the_house(): return ast.literal_eval(written('ROOMS').func.value).split()
 
 def imported(module):
     tree = ast.parse(modules[module].read_text(encoding='utf-8'))
     return {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
 
-def test_every_module_is_drawn_once():
-    room, _ = drawn()
-    listed = [m for k in written('ROOMS').keywords for m in ast.literal_eval(k.value).split()]
-    assert sorted(listed) == sorted(modules) == sorted(room)
+def test_the_sidebar_shows_the_rooms():
+    "Room by room, each in the order of its numbers"
+    sections = yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents'][-9:]
+    numbered = [[n for n in s['contents'] if n[0].isdigit()] for s in sections]
+    assert [s['section'].lower() for s in sections] == rooms_of_the_house()
+    assert numbered == [sorted(p.name for p in (root/'nbs').glob(f'{i}*.ipynb')) for i in range(9)]
 
 def test_the_arrows_are_the_imports():
     room, arrows = drawn()

@@ -70,7 +70,7 @@ def one_class_of_short_methods(code):
 
 @pytest.mark.parametrize('nb', [n for n in notebooks if n.stem != 'index'], ids=name)
 def test_exported_cells(nb):
-    assert sources(nb, 'code')[0].strip() == f'#| default_exp {nb.stem[3:]}'
+    assert sources(nb, 'code')[0].strip() == f'#| default_exp {nb.stem[4:]}'
     for s in exported(nb):
         assert len(s.splitlines()) <= 41 or one_class_of_short_methods(s), f'an exported cell is over 40 lines: {s}'
         assert not re.search(r'^\s*[%!]\w', s, re.M), f'magic: {s}'
@@ -84,9 +84,9 @@ def modules(path):
     return set(re.findall(r'^\s*(?:from|import) cryptoml\.(\w+)', code, re.M))
 
 def test_a_module_imports_only_from_lower_numbers():
-    rooms = [n for n in notebooks if n.stem != 'index']
-    number = {n.stem[3:]: n.stem[:2] for n in rooms}
-    upward = [f'{n.stem} imports {m}' for n in rooms for m in modules(n) if number[m] >= n.stem[:2]]
+    numbered = [n for n in notebooks if n.stem != 'index']
+    number = {n.stem[4:]: n.stem[:3] for n in numbered}
+    upward = [f'{n.stem} imports {m}' for n in numbered for m in modules(n) if number[m] >= n.stem[:3]]
     assert not upward
 
 scripts = sorted([*(root/'tests').glob('*.py'), *(root/'bench').glob('*.py')])
@@ -101,8 +101,8 @@ def test_lines_end_before_column_120(path):
 
 def test_numbers():
     numbered = [n.stem for n in notebooks if n.stem != 'index']
-    assert all(re.fullmatch(r'\d\d_[a-z]+', n) for n in numbered)
-    assert len({n[:2] for n in numbered}) == len({n[3:] for n in numbered}) == len(numbered)
+    assert all(re.fullmatch(r'\d{3}_[a-z]+', n) for n in numbered)
+    assert len({n[:3] for n in numbered}) == len({n[4:] for n in numbered}) == len(numbered)
 
 def test_jobs_are_no_tests():
     assert (nbs/'jobs'/'.notest').exists() and (root/'nbs'/'_quarto.yml').resolve() == root/'_quarto.yml'
@@ -125,7 +125,7 @@ def test_sidebar_lists_every_notebook():
     from cryptoml.docs import toctrees
     q = yaml.safe_load((root/'_quarto.yml').read_text())
     pages = {p.relative_to(nbs).as_posix(): p.stem for p in everything}
-    assert '00_data' in toctrees(q['website']['sidebar']['contents'], pages)
+    assert '055_data' in toctrees(q['website']['sidebar']['contents'], pages)
 
 def test_readme():
     from cryptoml.docs import readme
@@ -136,6 +136,6 @@ def test_readme():
 
 def test_readme_of_the_tests():
     text = (root/'tests'/'README.md').read_text(encoding='utf-8')
-    named = set(re.findall(r'`(test_\w+)\.py`', text)) | set(re.findall(r'`(\d\d_\w+)`', text))
+    named = set(re.findall(r'`(test_\w+)\.py`', text)) | set(re.findall(r'`(\d{3}_\w+)`', text))
     there = {p.stem for p in (root/'tests').iterdir()} | {p.stem for p in notebooks}
     assert not named - there, f'tests/README.md names what is not there: {named - there}'

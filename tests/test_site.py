@@ -13,7 +13,7 @@ from cryptoml.links import SiteError, check_links, follow
 
 root = Path(__file__).parents[1]
 address = 'https://host/x'
-shown = ('52_integration.ipynb', 'guide/in_your_bot.ipynb')
+shown = ('650_integration.ipynb', 'guide/in_your_bot.ipynb')
 explained = [*catalogue().family.unique(), 'simulate']          # pages that the catalogue links to
 methods = ('train_from_historical_data', 'predict', 'get_trading_signal', 'adapt_to_new_regime', 'save_state',
            'load_state')
@@ -146,8 +146,8 @@ def test_a_planted_fault_fails_the_build(site, tmp_path, planted, said):
 
 def test_links_to_the_source_and_the_neighbours(site):
     page = text_of(site, 'integration.html')
-    assert 'https://code/x/edit/main/nbs/52_integration.ipynb' in page
-    assert 'https://code/x/blob/main/nbs/52_integration.ipynb' in page
+    assert 'https://code/x/edit/main/nbs/650_integration.ipynb' in page
+    assert 'https://code/x/blob/main/nbs/650_integration.ipynb' in page
     after = re.search(r'<a class="next-page" href="([^"]+)"', page)
     assert after[1] == 'guide/in_your_bot.html'
     assert 'code/x/edit' not in text_of(site, 'api.html')        # it has no notebook
