@@ -30,7 +30,7 @@ test: .venv/.ready
 
 # A type checker over the exported package; what it says and cannot know stands in one table of the test.
 types: .venv/.check
-	@$(BIN)/python -m pytest -q -m types tests/test_types.py $(ARGS)
+	@$(DOTS) $(BIN)/python -m pytest -q -m types tests/test_types.py $(ARGS)
 
 # The share of the exported code that the tests run, kernels apart (tests/covered.py); twice as long as the tests alone.
 # Tests of CPU time do not fit under a tracer. ARGS names files, as in `test`.
@@ -39,11 +39,11 @@ coverage: .venv/.check
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m pytest -q --cov --cov-config=tests/coveragerc --cov-report= -k "not is_quick and not is_instant" \
 	  $(or $(ARGS),tests -n 4 --dist loadfile --no-loadscope-reorder)
-	@$(BIN)/python tests/covered.py
+	@$(DOTS) $(BIN)/python tests/covered.py
 
 # Whether a vulnerability is known of what constraints.txt pins. Needs the network; no answer about a package is a fault.
 audit: .venv/.check
-	@$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+	@$(DOTS) $(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # The source distribution, the wheel and the site, in dist/, each tried from outside the tree.
 release: .venv/.check
@@ -69,7 +69,7 @@ cluster: .venv/.cluster
 	@$(BIN)/python -m pytest -q -m cluster tests/test_cluster.py $(ARGS)
 
 docs: .venv/.ready
-	@$(BIN)/python -m cryptoml.docs
+	@$(DOTS) $(BIN)/python -m cryptoml.docs
 
 bench: .venv/.ready
 	@for b in bench/*.py; do [ ! -e "$$b" ] || $(BIN)/python "$$b" || exit 1; done

@@ -20,7 +20,6 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, exec_show_docs
-from tqdm import tqdm
 from .gallery import page as catalogue_page, simulated_features
 from .links import SiteError, check_links
 from .reference import Name, filtered, head, index, names_in, used_elsewhere
@@ -99,7 +98,7 @@ def process(
     proc = root/'_proc'
     nbs = root/'nbs'
     shutil.rmtree(proc, ignore_errors=True)
-    for f in tqdm([Path(f) for f in nbglob(nbs)], 'pages', mininterval=5):
+    for f in map(Path, nbglob(nbs)):
         to = proc/f.relative_to(nbs)
         to.parent.mkdir(parents=True, exist_ok=True)
         write_nb(processed(f), to)
@@ -492,11 +491,9 @@ def sphinx(
     leaves = staged.leaves()
     of_page, notebooks = {leaf.page: leaf for leaf in leaves}, {p.page: p.path for p in staged.pages}
     settings = SPHINX | dict(project=web['title'], html_title=web['title'], html_baseurl=web['site-url'])
-    bar = tqdm(total=len(leaves), desc='written', disable=None)      # for who waits
     def write(app, page, template, context, doctree):
-        bar.update()
         tell_page(page, context, of_page, notebooks, web)
-    with patch_docutils(), docutils_namespace(), bar:      # what is registered there goes again
+    with patch_docutils(), docutils_namespace():      # what is registered there goes again
         app = Sphinx(tmp/'src', None, tmp/'html', tmp/'tree', 'html', confoverrides=settings, status=None,
                      warning=sys.stderr, warningiserror=True, exception_on_warning=False)
         app.connect('html-page-context', write)

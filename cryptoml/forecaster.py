@@ -223,9 +223,10 @@ def split(
     days, need = test / pd.Timedelta('1D'), least_history(timeframe)
     if before < need or training < MIN_TRAIN or days < MIN_DAYS:
         raise DataError(
-            f'history too short: {time[0]:%Y-%m-%d} to {time[-1]:%Y-%m-%d} has {before} bars before its '
-            f'{days:.0f} days of test, {training} of them to train on; a forecast needs {need} bars '
-            f'({need * timeframe / pd.Timedelta("1D"):.0f} days), training {MIN_TRAIN} and a test {MIN_DAYS} days: '
+            f'history too short: {time[0]:%Y-%m-%d} to {time[-1]:%Y-%m-%d} is {len(time)} bars. The newest '
+            f'{days:.0f} days are the test; before it are {before} bars, {training} of them to train on. Needed are '
+            f'{need} bars before the test ({need * timeframe / pd.Timedelta("1D"):.0f} days, which a forecast reads), '
+            f'{MIN_TRAIN} to train on and {MIN_DAYS} days of test: '
             'give more history' + shorter_will_do(timeframe))
     last = cut_fold(time, known, begin_test, test, half, embargo)
     first = cut_fold(time, known, begin_gate, half, half, embargo)

@@ -1,5 +1,5 @@
 """Settings of all tests: no screen, no network, the package of this checkout, a ledger of trials of their own"""
-import os, shutil, sys, tempfile
+import os, shutil, sys, tempfile, threading, time
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,37 @@ def pytest_xdist_make_scheduler(config, log):
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid): return nodeid if PAGE in nodeid else super()._split_scope(nodeid)
     return Files(config, log)
+
+QUIET = 8   # Seconds without a dot after which it is told what keeps the workers
+
+class Waiting:
+    "Where several workers run: no ten seconds without a line"
+    def __init__(self, terminal):
+        self.terminal, self.begun, self.seen, self.ended = terminal, {}, time.monotonic(), threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        while not self.ended.wait(1):
+            if time.monotonic() - self.seen < QUIET: continue
+            self.terminal.write(f'\n{self.said(time.monotonic())}\n')
+            self.seen = time.monotonic()
+
+    def said(self, now):
+        if not self.begun: return 'collecting tests'
+        names = [f'{nodeid.split("/")[-1]} {now - start:.0f} s' for nodeid, start in self.begun.items()]
+        return 'running ' + ', '.join(names)
+
+    def pytest_runtest_logstart(self, nodeid): self.begun[nodeid] = time.monotonic()
+
+    def pytest_runtest_logreport(self): self.seen = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid): self.begun.pop(nodeid, None)
+
+    def pytest_sessionfinish(self): self.ended.set()
+
+def pytest_sessionstart(session):
+    plugins = session.config.pluginmanager
+    if plugins.has_plugin('dsession'): plugins.register(Waiting(plugins.get_plugin('terminalreporter')))
 
 def pytest_configure(config):
     for name, what in ASKED.items(): config.addinivalue_line('markers', f'{name}: {what}')

@@ -310,7 +310,7 @@ def test_a_stable_coin_and_a_late_one_are_left_out_and_said(tmp_path, monkeypatc
 
 def test_daily_bars_of_two_years_are_refused_before_they_are_trained():
     bars = simulate(n_symbols=2, n_bars=730, seed=5, timeframe='1d').bars
-    with pytest.raises(DataError, match='history too short.*a forecast needs'): Study.of(to_panel(bars))
+    with pytest.raises(DataError, match='history too short.*Needed are'): Study.of(to_panel(bars))
 
 def test_a_coin_of_daily_bars_that_could_never_be_predicted_is_not_trained():
     "It was trained on and judged, and each prediction of it said that there was too little history"

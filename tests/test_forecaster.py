@@ -67,7 +67,7 @@ def test_parts_equal_brute_force(bars, timeframe, horizon, days):
     before, need = (closes <= ends['gate']).sum(), least_history(panel.timeframe)
     given_test = None if days is None else f'{days}D'
     if before < need or len(want['train']) < MIN_TRAIN or length < pd.Timedelta(MIN_DAYS, 'D'):
-        with pytest.raises(DataError, match=f'has {before} bars before its .* needs {need} bars'):
+        with pytest.raises(DataError, match=f'before it are {before} bars, .* Needed are {need} bars'):
             split(panel, targets, given_test)
         return
     parts = split(panel, targets, given_test)
@@ -91,7 +91,8 @@ def test_what_could_never_predict_is_not_trained(world, timeframe, bars, days):
     assert needed_history(f, length) == least_history(length) == bars
     enough = bars + pd.Timedelta('20D') // length
     assert split(*empty(enough, timeframe, 24), '20D')['train'].sum() >= MIN_TRAIN
-    with pytest.raises(DataError, match=f'has {bars - 1} bars before .* needs {bars} bars .{days} days.'):
+    said = f'before it are {bars - 1} bars, .* {bars} bars before the test .{days} days,'
+    with pytest.raises(DataError, match=said):
         split(*empty(enough - 1, timeframe, 24), '20D')
 
 
