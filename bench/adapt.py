@@ -22,7 +22,8 @@ from cryptoml.combined import decisions, find, refit
 from cryptoml.data import read_panel, to_utc
 from cryptoml.forecaster import ForecasterConfig, make_inputs, split
 from cryptoml.metrics import day_blocks, interval_mean
-from cryptoml.study import Terms, cut_off
+from cryptoml.terms import Terms
+from cryptoml.nested import cut_off
 from cryptoml.targets import make_targets
 
 COINS = 'BTC/USDT', 'ETH/USDT', 'SOL/USDT'

@@ -18,8 +18,10 @@ import torch
 from cryptoml.backtest import Costs
 from cryptoml.data import read_panel
 from cryptoml.metrics import day_blocks, interval_mean, sharpe
-from cryptoml.ppo import Lanes, Scale, Training, layers_of, learn, left_alone, planted, played, trading_env
-from cryptoml.ppo import Agent, Reward, Sizing, World, apart, overfit_probability, vec_trading
+from cryptoml.actions import Reward, Scale, Sizing
+from cryptoml.environment import Lanes, World, planted, trading_env, vec_trading
+from cryptoml.overfitting import apart, overfit_probability
+from cryptoml.ppo import Agent, Training, layers_of, learn, left_alone, played
 from cryptoml.targets import trailing_sigma
 
 

@@ -20,14 +20,15 @@ import pandas as pd
 import torch
 from .boosting import NoTrees
 from .combined import Combined, Found, decisions, familiar_of, refit, seen
-from .data import DataError, Panel, to_utc
+from .times import DataError, to_utc
+from .panel import Panel
 from .ewc import ContinualLearner
 from .forecaster import MIN_TRAIN, Forecaster, Inputs, make_inputs, make_labels
 from .ledger import begin_trial
 from .members import TASKS
 from .metrics import LEAST_BLOCKS, blocks, day_blocks, diebold_mariano, holm
 from .settings import log
-from .study import Terms
+from .terms import Terms
 from .targets import REGIMES, Targets, make_targets, regime
 from .trainer import TrainerError, train_epoch
 from .verdict import comparisons, losses

@@ -17,6 +17,7 @@ from .compile import LEAN, NAMES, load, number_line, text_of
 from .metrics import by_day, day_blocks, max_drawdown, sharpe
 from .settings import check_settings
 from .state import append_chained, ledger_file
+from .times import DAY
 
 # %% ../nbs/210_backtest.ipynb #d8b1298e
 ROUND_TRIP = 0.0014   # Fee 5 bp, half spread 1 bp and slippage 1 bp, on entering and on leaving: `Costs().round_trip`
@@ -155,9 +156,8 @@ def _carry(
         if not np.isnan(level[i]): carried[i] = level[i]
 
 # %% ../nbs/210_backtest.ipynb #99a8ebb3
-_DAY = 86_400 * 10**6                # Microseconds
-_DELISTED = 7 * _DAY                 # Without a bar for so long
-_YEAR = 365 * _DAY
+_DELISTED = 7 * DAY      # Without a bar for so long
+_YEAR = 365 * DAY
 
 def _gone(
     now,       # Opens [N], NaN = no bar

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn, Tensor
-from .data import bars_of
+from .times import bars_of
 from .targets import BAND
 from .tft import QuantileHead, TFTConfig, check_shapes
 

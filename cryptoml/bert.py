@@ -23,7 +23,7 @@ import torch
 from torch import nn, Tensor
 
 from .compile import cache_dir
-from .data import to_utc
+from .times import to_utc
 from .settings import Rule, SettingError, check_settings, is_fraction, is_number, log, one_of, whole
 from .state import StateError, generations, load, lock, save
 from .trainer import pick_device

@@ -99,7 +99,7 @@ def whole_blocks(panel):   # Panel -> Panel
 
 def view_of(s, bars: pd.DataFrame, report, asked, extra, sources):   # Snapshot, clean bars -> View of all of them
     "As `look` makes it, not cut to the newest bars, and of whole blocks"
-    from cryptoml.data import to_panel
+    from cryptoml.panel import to_panel
     from cryptoml.forecaster import make_inputs
     from cryptoml.newest import View
     from cryptoml.targets import trailing_beta, trailing_sigma
@@ -218,7 +218,7 @@ def forecast_view(
 # %% ../nbs/660_bots.ipynb #a2d783bf
 def spans(s, bars: pd.DataFrame):   # Snapshot, bars -> yields (first time, good bars, report, bars as they came)
     "Clean bars, newest first; a change of unit cuts only what comes after it was known"
-    from cryptoml.data import clean_each
+    from cryptoml.clean import clean_each
     good, report = clean_each(bars, s.timeframe)
     defects = report.defects
     cut = defects.loc[(defects['defect'] == 'change of unit') & (defects['action'] == 'cut'), 'symbol']
@@ -237,7 +237,7 @@ def forecast_history(
     **sources,                             # As in training
 ) -> pd.DataFrame:                         # COLUMNS, a row a bar: MultiIndex (symbol, time), time is the bar's open
     "What a bot would have been told at the close of every bar; what training has seen is refused"
-    from cryptoml.data import read_each
+    from cryptoml.reading import read_each
     from cryptoml.integration import own_settings
     from cryptoml.newest import SPARE
     from cryptoml.signals import ACT_ON, MaxAge
@@ -307,7 +307,7 @@ class CryptoMLMixin:
     _ml_told = False             # whether the log says that training has seen bars
 
     def __init__(self, config):
-        from cryptoml.data import parse_timeframe
+        from cryptoml.times import parse_timeframe
         from cryptoml.newest import SPARE
         s = self.ml_ai().live()
         asked = config.get('timeframe') or getattr(self, 'timeframe', None) or freqtrade_name(s.timeframe)
@@ -403,7 +403,7 @@ class CryptoMLMixin:
 
     def ml_live(self, frames, coin):
         "Rows that were said until now, and the one of the newest bar"
-        from cryptoml.data import DataError
+        from cryptoml.times import DataError
         ai, now = self.ml_ai(), datetime.now(timezone.utc)
         newest = {k: pd.Timestamp(f['date'].iloc[-1]) for k, f in frames.items()}
         if self._ml_done[0] != newest:

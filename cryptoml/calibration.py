@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
-from .data import bars_of
+from .times import bars_of
 from .metrics import ece, nll
 
 # %% ../nbs/425_calibration.ipynb #71ddb450

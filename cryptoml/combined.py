@@ -20,9 +20,9 @@ import torch
 from .baselines import (N_CLASSES, TREND_SPAN, Seen, har_inputs, joined, median_coin, past_class,
                                 past_volatility, trend)
 from .calibration import Bands, Familiar, bands_arrays, bands_of, temperature, tempered
-from .data import DataError, Panel, bars_of
-from .ensemble import Kind, UltimateEnsemble, classes, number, quantiles
-from .ensemble import known as came
+from .times import DataError, bars_of
+from .panel import Panel
+from .ensemble import Kind, UltimateEnsemble, classes, number, quantiles, known as came
 from .forecaster import (Forecaster, ForecasterConfig, Inputs, assemble, best_rates, forecast, packed, train,
                                  train_again)
 from .members import TASKS, TREES, Member, find_members, member_arrays, member_of

@@ -17,10 +17,12 @@ import math
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from .data import (DataError, find_columns, normalise_symbol, parse_delay, parse_timeframe, read_bars,
-                           refuse_early, source_rows, to_utc)
+from .times import DataError, parse_delay, parse_timeframe, to_utc
+from .symbols import normalise_symbol
+from .reading import read_bars
+from .known import find_columns, refuse_early, source_rows
 from .engine import Step, as_given, step
-from .technical import ROUNDING, mean_std, slide, whole
+from .rolling import ROUNDING, mean_std, slide, whole
 
 # %% ../nbs/140_crossexchange.ipynb #bc6f6712
 DOLLARS = ('USDT', 'USD', 'USDC', 'BUSD', 'FDUSD', 'TUSD', 'DAI')   # quotes that count as one another

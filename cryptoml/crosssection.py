@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from .compile import load, with_names
 from .engine import step
-from .technical import ROUNDING, beyond_rounding, slide, slide_size
+from .rolling import ROUNDING, beyond_rounding, slide, slide_size
 
 # %% ../nbs/160_crosssection.ipynb #39f9a5cd
 def insertion_sort(

@@ -6,19 +6,21 @@
 __all__ = ['BARS', 'NEEDED', 'HEAD', 'RUN', 'NUMBER', 'REFRESH', 'STACK', 'IN_PLACE', 'TO_STACK', 'FROM_STACK', 'WALK', 'Step',
            'by_window', 'spread', 'arguments', 'output_names', 'step', 'give', 'as_given', 'check_names', 'ordered',
            'chained', 'places', 'given_and_missing', 'fill', 'driver', 'text_and_scope', 'copy_text', 'call', 'taken',
-           'plan_of', 'tables_of', 'disorder', 'keep_past', 'walk', 'glance', 'walk_text', 'compiled', 'Layout',
-           'layout', 'table', 'run_plain', 'memory', 'to_bytes', 'from_bytes', 'returned', 'touched', 'Program',
-           'as_array', 'Engine']
+           'plan_of', 'tables_of', 'disorder', 'keep_past', 'walk', 'glance', 'walk_text', 'refusal', 'tell_plain',
+           'compiled', 'Layout', 'layout', 'table', 'run_plain', 'memory', 'to_bytes', 'from_bytes', 'returned',
+           'touched', 'Program', 'as_array', 'Engine']
 
 # %% ../nbs/100_engine.ipynb #f8b99b58
 import hashlib, inspect, re
 from dataclasses import dataclass, replace
+from functools import cache
+from textwrap import shorten
 from typing import Callable
 import numpy as np
 from llvmlite import ir
 from numba import types
 from .compile import LEAN, NAMES, PRELUDE_KEY, load, text_of, with_names
-from .data import EXTRA, LEVEL, judge, usable
+from .bar import EXTRA, LEVEL, judge, usable
 from .settings import log
 
 # %% ../nbs/100_engine.ipynb #f0f9b9f6
@@ -458,6 +460,24 @@ def walk_text() -> str:
     texts = dict(call=text_of(call), glance=text_of(glance), walk=text_of(walk))
     return WALK.format(parts='\n'.join(parts), level=LEVEL, **texts)
 
+# %% ../nbs/100_engine.ipynb #5e1fa0d2
+def refusal(
+    error: Exception,  # Of numba
+) -> str:
+    "What numba says is wrong, in a line: not in which of its stages, nor where in a text that is ours"
+    first = str(error).split('\nDuring: ')[0]
+    lines = [line for line in first.splitlines() if not line.startswith('Failed in ')]
+    return shorten(' '.join(lines), 160, placeholder=' …')
+
+@cache
+def tell_plain(
+    name: str,    # Step
+    reason: str,
+    text: str,    # Of its module: a step that was changed tells again
+):
+    "Say, once in a process, that a step is not compiled"
+    log.warning(f'the step {name} runs as plain Python ({reason})')
+
 # %% ../nbs/100_engine.ipynb #e177836e
 def compiled(
     steps: list,  # Steps in order
@@ -472,10 +492,10 @@ def compiled(
         made = found[texts[f.name][0]]
         reason = ''
         if waits := [g.name for g in plain if set(g.out) & set(f.inputs)]: reason = f'it reads {waits[0]}'
-        if isinstance(made, Exception): reason = f'numba: {" ".join(str(made).split())[:160]}'
+        if isinstance(made, Exception): reason = f'numba: {refusal(made)}'
         if reason:
             plain.append(f)
-            log.warning(f'the step {f.name} runs as plain Python ({reason})')
+            tell_plain(f.name, reason, texts[f.name][1])
         else: address[f.name] = made.run.address
     return found['walk'], address
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'OWN', 'SOURCES', 'BROUGHT', 'INPUTS', 'STATED', 'KNOWN', 'NEEDS', 'CATALOGUE', 'SAID', 'ENTRY', 'AT_BARS',
-           'MICROSECOND', 'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'FamilyError', 'as_family', 'register', 'bring',
-           'import_from', 'own_family', 'defined_as', 'definition', 'wanted', 'with_needed', 'reached', 'needs',
-           'made_of', 'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step',
-           'epoch_us', 'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
+           'NEEDED', 'TAKE', 'PACK', 'CLOSE', 'PART', 'FamilyError', 'as_family', 'register', 'bring', 'import_from',
+           'own_family', 'defined_as', 'definition', 'wanted', 'with_needed', 'reached', 'needs', 'made_of',
+           'described', 'catalogue', 'check_sources', 'source_columns', 'bar_array', 'commonest_step', 'epoch_us',
+           'as_mapping', 'values_of', 'BarRow', 'Memory', 'FeatureStream', 'one_time', 'common', 'Compared',
            'compared_by', 'PanelStream', 'run_symbols', 'Coin', 'Aligned', 'History', 'history_of', 'Selection',
            'by_coin', 'AdvancedFeatureEngineer']
 
@@ -19,8 +19,11 @@ from functools import cache, cached_property
 from operator import itemgetter
 from typing import Callable
 import numpy as np, pandas as pd
-from .data import (CANDLE, DataError, Panel, accepted, bar_columns, normalise_symbol, parse_timeframe,
-                           read_bars, to_utc)
+from .times import MICROSECOND, DataError, parse_timeframe, to_utc
+from .symbols import normalise_symbol
+from .bar import CANDLE, accepted
+from .reading import bar_columns, read_bars
+from .panel import Panel
 from .compile import with_names
 from .crossexchange import (CROSS_COLUMNS, CROSSEXCHANGE, FUNDING_COLUMNS, MARKET_COLUMNS,
                                     cross_at_bars, funding_at_bars, market_at_bars, market_now)
@@ -273,8 +276,6 @@ def source_columns(
     return out
 
 # %% ../nbs/170_features.ipynb #ab1c27d5
-MICROSECOND = pd.Timedelta(1, 'us')
-
 def bar_array(
     columns: dict,       # Columns of the bars and sources of one symbol [bars] each
     us: np.ndarray,      # Opens, microseconds since 1970 [bars]

@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 from .backtest import ROUND_TRIP
-from .data import DataError, Panel, as_of, to_utc
+from .times import DataError, to_utc
+from .panel import Panel
+from .known import as_of
 from .features import FAMILIES, AdvancedFeatureEngineer, FamilyError, made_of, own_family
 from .network import Network, NetworkConfig, SIZES, rising
 from .settings import RULES, Rule, check_settings, is_number, is_whole, whole

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from .data import bars_of
+from .times import bars_of
 from .metrics import Interval, interval_sums
 from .policy import Policy
 

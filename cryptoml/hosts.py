@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 import pandas as pd
-from .data import (CANDLE, PRICES, DataError, bar_columns, normalise_symbol, parse_timeframe, read_bars,
-                           read_name, to_utc, usable)
+from .times import DataError, parse_timeframe, to_utc
+from .symbols import normalise_symbol, read_name
+from .bar import CANDLE, PRICES, usable
+from .reading import bar_columns, read_bars
 from .feeds import candles
 from .settings import log
 

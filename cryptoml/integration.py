@@ -20,10 +20,12 @@ import torch
 from . import __version__
 from .adapt import JUDGED, WAYS, Adapted, adapt, material
 from .backtest import BORROW, ROUND_TRIP
-from .data import DataError, normalise_symbol, parse_timeframe, read_panel, to_utc
+from .times import DataError, parse_timeframe, to_utc
+from .symbols import normalise_symbol
+from .panel import read_panel
 from .combined import Combined, load_combined, save_combined
 from .features import bring
-from .feeds import Sources
+from .sources import Sources
 from .forecaster import ForecasterConfig, pick_size
 from .hosts import Keeper, find_candles
 from .ledger import read_ledger
@@ -31,13 +33,19 @@ from .monitor import Journal
 from .newest import Prediction, Snapshot, without_forecast
 from .online import Online
 from .policy import Policy, PolicyState
-from .ppo import PPO, Agent, AgentError, Sizer, of_plain, sizes, to_plain
+from .actions import AgentError
+from .ppo import Agent
+from .sizer import PPO, Sizer, of_plain, sizes, to_plain
 from .settings import RULES, Rule, are_different, check_settings, is_number, log, one_of, whole
 from .signals import (ACT_ON, WORDS, MaxAge, Signal, asked_of, doubts, doubts_of_bar, hold, make_signal,
                               parts_of_book)
 from .simulate import is_simulated
 from .state import StateError, append_line, discard, load, read_json, save, tidy, write_json
-from .study import PLAIN_SIZES, Study, Terms, Trained, heads_of, train_and_judge, tuned
+from .study import Study
+from .books import PLAIN_SIZES
+from .terms import Terms, heads_of
+from .training import Trained, train_and_judge
+from .nested import tuned
 from .targets import HORIZONS
 from .trainer import TrainerError, pick_device
 from .tune import Interrupted

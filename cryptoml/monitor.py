@@ -17,12 +17,16 @@ import numpy as np
 import pandas as pd
 from .backtest import Account, Book, Costs
 from .calibration import tempered
-from .data import CANDLE, EXTRA, DataError, Panel, clean_each, to_panel, to_utc
+from .times import DataError, to_utc
+from .bar import CANDLE, EXTRA
+from .clean import clean_each
+from .panel import Panel, to_panel
 from .metrics import diebold_mariano, interval_mean
 from .policy import Policy
 from .settings import log
 from .state import StateError, append_line, read_lines
-from .study import Terms, days_of
+from .evidence import days_of
+from .terms import Terms
 from .targets import (CLASSES, REGIMES, above, direction, forward_returns, market_centre, realised_volatility,
                               regime)
 from .verdict import LEAST_DAYS, OWN, Comparison, comparisons, losses, row, scored, split_rows

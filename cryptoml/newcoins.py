@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from .data import DataError, Panel
+from .times import DataError
+from .panel import Panel
 from .features import AdvancedFeatureEngineer
 from .maml import MetaLearningMAML
 from .metrics import LEAST_BLOCKS, Interval, day_blocks, interval_mean

@@ -16,10 +16,13 @@ import pandas as pd
 import torch
 from .baselines import Seen
 from .combined import averaged, seen_now
-from .data import CANDLE, EXTRA, LOTS, RECENT, WILD, Panel, bars_of, from_finer, usable
+from .times import bars_of, MICROSECOND
+from .bar import CANDLE, EXTRA, RECENT, WILD, usable
+from .clean import LOTS
+from .panel import Panel, from_finer
 from .forecaster import Forecaster, Inputs, make_inputs, unscaled
-from .newest import (MICROSECOND, SPARE, Prediction, Snapshot, View, check_given, coin_bars, coin_of, examine,
-                             look, predict_view)
+from .newest import SPARE, Prediction, Snapshot, View, check_given, coin_bars, coin_of, examine, look
+from .newest import predict_view
 from .stream import NetworkStream
 from .targets import (BETA_SPAN, LEAST, bar_returns, recent_volatility, regime_bars, sigma_span,
                               trailing_beta, trailing_sigma)

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 from .backtest import Account, Book
-from .data import bars_of, parse_timeframe
+from .times import bars_of, parse_timeframe
 from .settings import is_whole
 
 # %% ../nbs/220_policy.ipynb #c19f6844
@@ -404,7 +404,7 @@ def risk_scale(
     target_annual: float,                 # Annual volatility that it is to have
     start: float = 1.,                    # Scale to begin with
 ) -> float:                               # 1/50 to 50, the least that comes nearest; 1 for a book that does not trade
-    "Scale of the scores (`Rules.scale`) at which a book runs at the volatility it names"
+    "Scale of the scores (`Policy.scale`) at which a book runs at the volatility it names"
     bound = np.log(50)
     x = np.log(start)
     slope = 1.

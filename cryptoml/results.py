@@ -16,11 +16,12 @@ from .backtest import Book
 from .calibration import calibration_error, third_of
 from .metrics import accuracy_at_coverage, interval_mean, interval_score
 from .policy import SPACING
-from .report import (ASKED, MADE_UP, ReportError, asked_html, books_html, coverage, folded, forest_html, may_i,
-                             paragraphs, percent, report_html, sure_html, table_html, told, trials_html)
-from .report import calibration as calibrated
+from .plots import coverage, calibration as calibrated
+from .page import folded, paragraphs, percent, report_html, table_html, told
+from .record import ASKED, ReportError
+from .report import MADE_UP, asked_html, books_html, forest_html, may_i, sure_html, trials_html
 from .state import StateError, read_json, replace_file
-from .study import Evidence
+from .evidence import Evidence
 from .verdict import OWN, Comparison, Verdict, daily_returns, gain_table
 from .walkforward import kept, pooled
 

@@ -14,12 +14,12 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 import pandas as pd
 from .calibration import ODD
-from .data import parse_timeframe, to_utc
+from .times import parse_timeframe, to_utc
 from .gate import COMPARED, EVEN, TOUCHED, Declared, Reach
 from .newest import Prediction
 from .policy import Policy
 from .settings import is_number
-from .study import Terms
+from .terms import Terms
 
 # %% ../nbs/630_signals.ipynb #d3cac566
 class Signal(TypedDict):

@@ -7,15 +7,17 @@ __all__ = ['REGIMES', 'DURATION', 'VOLATILITY', 'DRIFT', 'SWITCH', 'TRANSITION',
            'ONCHAIN', 'SHARED', 'CARRIERS', 'HALF_LIVES', 'FACTOR', 'COINS', 'decay', 'ar1', 'markov', 'day_pattern',
            'clustered', 'mixing', 'extremes', 'published', 'lead_lag_matrix', 'geometric', 'under_way', 'next_bar',
            'part_sums', 'Market', 'shocks', 'drift_parts', 'log_returns', 'activity', 'bars_a_day', 'daily_onchain',
-           'funding_rates', 'written', 'coins', 'long_frame', 'market_bars', 'assemble', 'is_simulated', 'simulate']
+           'funding_rates', 'written', 'coins', 'long_frame', 'market_bars', 'assemble', 'is_simulated', 'attributes',
+           'simulate']
 
 # %% ../nbs/060_simulate.ipynb #6118e0f7
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .data import parse_timeframe
+from .times import parse_timeframe
 
 # %% ../nbs/060_simulate.ipynb #233ef6e2
 def decay(
@@ -471,7 +473,17 @@ def is_simulated(
 ) -> bool:
     "Whether bars say that they were made up, all of them or some"
     if isinstance(bars, dict): return any(map(is_simulated, bars.values()))
-    return bool(getattr(bars, 'attrs', {}).get('simulated'))
+    if isinstance(bars, (str, Path)): said = attributes(Path(bars))
+    else: said = getattr(bars, 'attrs', {})
+    return bool(said.get('simulated'))
+
+def attributes(path: Path) -> dict:
+    "What a frame had in its `attrs` when it was written; a csv file keeps nothing"
+    from pyarrow import ArrowInvalid, parquet
+    if path.suffix != '.parquet' or not path.is_file(): return {}
+    try: kept = parquet.read_schema(path).pandas_metadata
+    except ArrowInvalid: return {}       # whoever reads the bars says so
+    return (kept or {}).get('attributes', {})
 
 # %% ../nbs/060_simulate.ipynb #433be7f9
 def simulate(

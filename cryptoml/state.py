@@ -751,7 +751,9 @@ def load(
             warnings.warn(f'{root} is damaged, {name} was loaded instead ({"; ".join(damaged)})', stacklevel=2)
         return found
     reasons = '; '.join(f'{name}: {why}' for name, why in failed.items())
-    raise StateError(f'no whole generation in {root}: {reasons or "nothing was saved there"}')
+    nothing = 'nothing was saved there'
+    if generations(root/'model'): nothing += f', the model of this run is in {root/"model"}'
+    raise StateError(f'no whole generation in {root}: {reasons or nothing}')
 
 # %% ../nbs/070_state.ipynb #2431d7f5
 def contents(

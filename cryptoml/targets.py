@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .backtest import ROUND_TRIP
-from .data import Panel, bars_of
+from .times import bars_of
+from .panel import Panel
 
 # %% ../nbs/300_targets.ipynb #1031b1c9
 def bar_returns(panel: Panel) -> np.ndarray:

@@ -19,12 +19,16 @@ import torch
 from .backtest import Book, append_trial, chained
 from .calibration import ODD
 from .combined import save_combined
-from .data import DataError, Panel, read_panel, to_utc
+from .times import DataError, to_utc
+from .panel import Panel, read_panel
 from .forecaster import ForecasterConfig, make_inputs
 from .gate import Declared
 from .ledger import Tried, read_ledger
 from .state import StateError, end_with, generations, load, save
-from .study import Evidence, Maker, Study, Test, Trained, in_table, train_and_judge
+from .study import Study
+from .books import Maker
+from .evidence import Evidence, Test, in_table
+from .training import Trained, train_and_judge
 from .verdict import OWN
 
 # %% ../nbs/550_walkforward.ipynb #2c173b20

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from .data import DataError, bars_of
+from .times import DataError, bars_of
 from .targets import LARGEST, enough_of
 
 # %% ../nbs/310_windows.ipynb #080e4806

@@ -41,7 +41,7 @@ def kernels():
 def compile_all():
     "Whatever compiles, once: steps of all families, accounts, trees, the lanes of an agent"
     import numpy as np
-    from cryptoml import boosting, ppo
+    from cryptoml import boosting, environment
     from cryptoml.backtest import backtest
     from cryptoml.features import AdvancedFeatureEngineer
     from cryptoml.simulate import simulate
@@ -49,7 +49,7 @@ def compile_all():
     AdvancedFeatureEngineer().transform(bars)
     opens = bars.pivot(index='time', columns='symbol', values='open').to_numpy().T
     backtest(np.zeros(opens.shape), opens)
-    for f in (boosting.compiled_descend, boosting.compiled_compare, ppo._driven): f()
+    for f in (boosting.compiled_descend, boosting.compiled_compare, environment._driven): f()
 
 def main():
     from coverage import Coverage

@@ -9,7 +9,8 @@ from cryptoml.baselines import N_CLASSES, Seen
 from cryptoml.forecaster import ForecasterConfig, begin
 from cryptoml.gate import Declared
 from cryptoml.policy import Policy
-from cryptoml.study import Study, Terms
+from cryptoml.study import Study
+from cryptoml.terms import Terms
 
 TERMS = Terms(
     symbols=['BTC/USDT', 'ETH/USDT'],

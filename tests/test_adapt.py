@@ -19,15 +19,17 @@ from cryptoml.data import DataError, to_panel
 from cryptoml.forecaster import ForecasterConfig, make_inputs, split
 from cryptoml.gate import Declared
 from cryptoml.integration import UltimateTradingAI
-from cryptoml.jobs import JobError, run
+from cryptoml.parameters import JobError
+from cryptoml.runs import run
 from cryptoml.ledger import read_ledger
 from cryptoml.newest import Snapshot
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError, generations, read_lines
-from cryptoml.study import Terms, cut_off
+from cryptoml.terms import Terms
+from cryptoml.nested import cut_off
 from cryptoml.targets import make_targets
 from cryptoml.trainer import TrainerError
-from cryptoml.verdict import nll
+from cryptoml.metrics import nll
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'ledger')
 DAY = 24

@@ -8,20 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from cryptoml.audit import (
-    CANARIES,
-    KINDS,
-    AuditError,
-    Subject,
-    audit,
-    audit_positions,
-    audit_source,
-    with_canaries,
-)
+from cryptoml.audit import CANARIES, AuditError, audit, audit_source, with_canaries
 from cryptoml.data import DataError, as_of, clean, market_frame, to_panel
 from cryptoml.engine import step
 from cryptoml.features import AdvancedFeatureEngineer
+from cryptoml.fills import audit_positions
 from cryptoml.simulate import simulate
+from cryptoml.subject import KINDS, Subject, difference
 
 needs_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
 market = simulate(n_symbols=3, n_bars=1200, seed=5)
@@ -368,6 +361,49 @@ def test_a_table_from_elsewhere_is_noted():
     assert verdict(a, 'dates') == ['NOTE']
     assert 'looked up' in str(a)
     assert verdict(audit(sma, one), 'dates') == ['PASS']
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_table_that_a_step_brings_along(seed):
+    "By the count of bars it fails its warm-up; by the number of the bar, or its time, the date is noted"
+    table = one.close.shift(-3).ffill().to_numpy()
+    first = (one.time[0] - pd.Timestamp(0, tz='UTC')) // pd.Timedelta('1h')
+
+    @step('count')
+    def count(close, W, s, n, y): y[0] = table[n - 1] / close
+
+    @step('number')
+    def number(close, W, s, n, y, i): y[0] = table[(i - first) % len(table)] / close
+
+    @step('seconds')
+    def seconds(close, time, W, s, n, y): y[0] = table[int(time // 3600 - first) % len(table)] / close
+
+    a = audit([count, number, seconds], one, seed=seed)
+    assert a.failed().feature.tolist() == ['count'], str(a)
+    assert a.failed().fails.tolist() == ['warm-up'], str(a)
+    assert [verdict(a, 'dates', name) for name in ('count', 'number', 'seconds')] == [['PASS'], ['NOTE'], ['NOTE']]
+
+
+@pytest.mark.parametrize('timeframe', ['1h', '4h'])
+def test_our_own_features_depend_on_no_date_but_the_month(timeframe):
+    "All of them, with their sources, a year of whole weeks later"
+    m = simulate(n_symbols=4, n_bars=3000, seed=2)
+    longer = pd.Timedelta(timeframe) / m.timeframe
+    begin = m.bars.time.min()
+    later = pd.Timedelta(364, 'D')
+
+    def moved(frame, by): return frame.assign(**{c: by(frame[c]) for c in ('time', 'known') if c in frame})
+    def slowed(frame): return moved(frame, lambda t: begin + (t - begin) * longer)
+
+    sources = {name: slowed(getattr(m, name)) for name in ('onchain', 'sentiment', 'funding')}
+    engineer = AdvancedFeatureEngineer()
+    now = engineer.transform(slowed(m.bars), timeframe, **sources)
+    then = engineer.transform(
+        moved(slowed(m.bars), lambda t: t + later), timeframe,
+        **{name: moved(frame, lambda t: t + later) for name, frame in sources.items()})
+    d = difference(now.to_numpy(), then.to_numpy(), now.abs().median().to_numpy())
+    assert now.notna().any().sum() > 180
+    assert now.columns[d.max(0) > 1e-9].tolist() == ['month_sin', 'month_cos']
 
 
 def test_empty_features_are_noted_not_passed():

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cryptoml.audit import Timeline, audit, odd_bars, odd_rows
+from cryptoml.audit import audit
 from cryptoml.data import clean, market_frame
+from cryptoml.probes import odd_bars, odd_rows
 from cryptoml.simulate import simulate
+from cryptoml.subject import Timeline
 
 SEEDS = range(8)
 market = simulate(n_symbols=3, n_bars=2000, seed=11)

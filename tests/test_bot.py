@@ -15,10 +15,12 @@ from cryptoml.combined import save_combined, weigh
 from cryptoml.data import PRICES, DataError, read_panel, to_panel
 from cryptoml.integration import UltimateTradingAI, with_its_ledger
 from cryptoml.newest import Prediction, Snapshot
-from cryptoml.ppo import PPO, Sizer, Training
+from cryptoml.ppo import Training
+from cryptoml.sizer import PPO, Sizer
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.study import Study, judge
+from cryptoml.study import Study
+from cryptoml.training import judge
 from cryptoml.verdict import OWN
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -11,7 +11,9 @@ from packaging.utils import canonicalize_name
 from cryptoml.completion import SHELLS
 from cryptoml.doctor import (
     EXTRAS, FAULT, NOTE, OK, REQUIRED, cache, clock, conclusion, cores, data, extra, ledger, required, state, writable)
-from cryptoml.jobs import _commands, jobs, parameters
+from cryptoml.parameters import parameters
+from cryptoml.runs import jobs
+from cryptoml.jobs import _commands
 
 root = Path(__file__).parents[1]
 ini = ConfigParser(delimiters=['='], interpolation=None)

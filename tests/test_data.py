@@ -1,5 +1,5 @@
-"Market data: faults, properties, second implementations, and files that are cut off"
-import itertools, os, random, re, signal, subprocess, sys, time
+"Market data: faults one at a time, clocks and zones, second implementations, real files"
+import itertools, os, random, re, subprocess, sys
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml import data
+from cryptoml.bar import judge_table
 from cryptoml.data import (
-    DataError, NoSymbol, Store, as_of, clean, market_frame, parse_timeframe, read_bars, read_panel, resample, to_panel,
-    to_utc)
+    CANDLE, PRICES, DataError, NoSymbol, clean, market_frame, read_bars, read_panel, to_panel, to_utc)
+from cryptoml.times import EARLIEST, LATEST
 
 real = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')
 HOUR = pd.Timedelta('1h')
@@ -51,7 +51,7 @@ def fault(at, **values):
         return frame
     return make
 
-def scaled(at, factor): return fault(at, **{c: lambda x: x * factor for c in data.PRICES})
+def scaled(at, factor): return fault(at, **{c: lambda x: x * factor for c in PRICES})
 
 FAULTS = {
     'NaN': (fault(10, open=np.nan), 10),
@@ -126,7 +126,7 @@ def test_a_spike_of_minutes():
 @pytest.mark.parametrize('volume', [0., 3.])
 def test_frozen_feed_ends_in_a_mask(volume):
     stuck = bars()
-    stuck.loc[30:47, data.CANDLE] = stuck.loc[30, data.CANDLE].to_numpy(float)
+    stuck.loc[30:47, CANDLE] = stuck.loc[30, CANDLE].to_numpy(float)
     stuck.loc[30:47, 'volume'] = volume
     panel, report = read_panel(stuck)
     assert panel.mask[0, :34].all()
@@ -298,7 +298,7 @@ def test_same_result_in_any_process_zone(tmp_path):
     assert first.split()[0] in rest   # naive and epoch: one digest
 
 
-moments = st.lists(st.integers(data.EARLIEST, data.LATEST - 1), min_size=1, max_size=20)
+moments = st.lists(st.integers(EARLIEST, LATEST - 1), min_size=1, max_size=20)
 
 @few
 @given(moments, st.sampled_from([1, 10**3, 10**6, 10**9]))
@@ -350,7 +350,7 @@ def test_spikes_against_a_loop(raw):
     t, high, low, close = (np.array(v, float) for v in zip(*rows))
     one_coin = np.zeros(len(t), int)
     columns = dict(open=close, high=high, low=low, close=close, volume=np.ones(len(t)))
-    found, _ = data._changes(one_coin, (t * 3.6e9).astype('int64'), columns, 3_600_000_000)
+    found, _ = judge_table(one_coin, (t * 3.6e9).astype('int64'), columns, 3_600_000_000)
     assert found.tolist() == slow_spikes(rows)
 
 
@@ -380,8 +380,8 @@ def test_every_place_is_a_bar_or_missing_or_dropped(rows):
     if not (result := cleaned(frame)): return
     out, report = result
     assert not out.duplicated(['symbol', 'time']).any()
-    assert np.isfinite(out[data.CANDLE].to_numpy()).all()
-    assert (out[data.PRICES] > 0).all(axis=None)
+    assert np.isfinite(out[CANDLE].to_numpy()).all()
+    assert (out[PRICES] > 0).all(axis=None)
     merged = frame.merge(out, on=list(frame.columns), how='right', indicator=True)
     assert (merged._merge == 'both').all()   # nothing that did not come
     on = frame[frame.time.dt.minute == 0]
@@ -403,240 +403,6 @@ def test_the_mask_does_not_see_the_future(rows, cut):
     if not full or not part: return
     until = full[0][full[0].time <= end].reset_index(drop=True)
     pd.testing.assert_frame_equal(part[0], until)
-
-
-# ---- from finer bars
-
-HOW = dict(open='first', high='max', low='min', close='last', volume='sum')
-
-def quarters(n, seed=0, symbol='BTC/USDT', start='2024-01-01 10:00'):
-    "Bars of a quarter of an hour"
-    rng = np.random.default_rng(seed)
-    close = 100 * np.exp(rng.normal(0, .002, n).cumsum())
-    open = np.r_[100., close[:-1]]
-    time = pd.date_range(start, periods=n, freq='15min', tz='UTC').as_unit('us')
-    high, low = np.maximum(open, close) * 1.001, np.minimum(open, close) * .999
-    return pd.DataFrame(dict(time=time, symbol=symbol, open=open, high=high, low=low, close=close,
-                             volume=rng.uniform(1, 9, n), trades=rng.integers(1, 99, n).astype(float)))
-
-@pytest.mark.parametrize('timeframe', ['30m', '1h', '4h', '1d'])
-def test_whole_bars_are_those_of_pandas(timeframe):
-    fine = pd.concat([quarters(700, 1), quarters(700, 2, 'ETH/USDT', '2024-01-02 00:15')])
-    made, report = resample(fine, timeframe)
-    length = parse_timeframe(timeframe)
-    for symbol, mine in fine.groupby('symbol'):
-        by = mine.set_index('time').resample(length, label='left', closed='left')
-        theirs = by.agg(HOW | dict(trades='sum'))[by.size() == length // pd.Timedelta('15min')]
-        own = made[made['symbol'] == symbol].set_index('time')
-        assert own.index.equals(theirs.index) and len(own)
-        np.testing.assert_allclose(own[list(theirs)], theirs, rtol=1e-13)
-    assert report.bars == len(made) and report.timeframe == length and report.rows == 1400
-
-@few
-@given(gone=st.sets(st.integers(20, 179), max_size=30), cut=st.integers(24, 180), seed=st.integers(0, 9))
-def test_a_coarser_bar_is_what_was_known_when_its_last_finer_one_closed(gone, cut, seed):
-    "Whatever is missing and whenever one looks: no bar is there before its close, and none changes later"
-    fine = quarters(180, seed).drop(index=sorted(gone))
-    whole, _ = resample(fine, '1h')
-    some = fine[fine.index < cut]
-    seen, _ = resample(some, '1h')
-    clock = pd.Timestamp('2024-01-01 10:00', tz='UTC') + cut * pd.Timedelta('15min')
-    pd.testing.assert_frame_equal(seen, whole[whole['time'] + pd.Timedelta('1h') <= clock].reset_index(drop=True))
-    by_clock, _ = resample(fine, '1h', now=clock)
-    pd.testing.assert_frame_equal(by_clock, seen)
-    there = fine.groupby(fine['time'].dt.floor('h')).size()
-    assert set(whole['time']) == set(there[there == 4].index)
-
-@pytest.mark.parametrize('column, value', [('close', np.nan), ('low', -1.), ('high', 1e9)])
-def test_a_coarser_bar_with_a_wrong_finer_one_is_not_there(column, value):
-    fine = quarters(120)
-    fine.loc[63, column] = value
-    made, report = resample(fine, '1h')
-    assert len(made) == 29 and fine['time'][60] not in set(made['time'])
-    assert report.defects.set_index('defect')['count']['incomplete bar'] == 1
-
-def test_a_missing_number_stays_missing():
-    fine = quarters(80)
-    fine.loc[5, 'trades'] = np.nan
-    made, _ = resample(fine, '1h')
-    assert made['trades'].isna().tolist() == [False, True] + [False] * 18
-
-def test_coins_of_several_lengths():
-    "Each is put together from what it has; what cannot be is left out, and the sentence says why"
-    hourly, _ = resample(quarters(160, 3, 'ETH/USDT'), '1h')
-    odd = quarters(160, 4, 'XRP/USDT')
-    odd = odd.assign(time=pd.date_range('2024-01-01', periods=160, freq='45min', tz='UTC').as_unit('us'))
-    young = quarters(160, 5, 'SOL/USDT')[:5]                         # so few that its spacing tells nothing
-    given = pd.concat([quarters(160), hourly, odd, young])
-    panel, report = read_panel(given, timeframe='1h', resample=True)
-    assert panel.symbols == ['BTC/USDT', 'ETH/USDT', 'SOL/USDT']
-    assert panel.mask.sum(1).tolist() == [40, 40, 1]
-    assert 'steps by 45m, not by 1h: pass bars of one timeframe' in report.refused['XRP/USDT']
-    with pytest.raises(DataError, match='BTC/USDT steps by 15m, not by 1h: pass resample=True'):
-        read_panel(quarters(160), timeframe='1h')
-    with pytest.raises(DataError, match='resample=True: pass timeframe'): read_panel(given, resample=True)
-
-def test_a_history_put_together_is_the_history():
-    "The panel of hours, and its digest, from the hours and from their quarters"
-    fine = quarters(800).assign(volume=2.)                          # sums without rounding
-    hourly, _ = resample(fine, '1h')
-    ours, report = read_panel(fine, timeframe='1h', resample=True)
-    theirs, same = read_panel(hourly, timeframe='1h', resample=True)
-    assert report.digest == same.digest == clean(hourly)[1].digest
-    np.testing.assert_array_equal(ours.values, theirs.values)
-
-def test_bars_that_cross_the_borders_are_refused():
-    shifted = quarters(200).assign(time=pd.date_range('2024-01-01 01:00', periods=200, freq='2h', tz='UTC'))
-    with pytest.raises(DataError, match='bars of 2h cross the borders of 4h bars'): resample(shifted, '4h')
-
-def test_a_quiet_minute_is_no_stuck_feed():
-    fine = quarters(200)
-    for c in ('open', 'high', 'low', 'close'): fine.loc[100:111, c] = fine['close'][99]
-    quiet, traded = (fine.assign(volume=fine['volume'].where((fine.index < 100) | (fine.index > 111), v))
-                     for v in (0., 3.))
-    assert len(resample(quiet, '1h')[0]) == 50
-    assert len(resample(traded, '1h')[0]) == 48
-
-# ---- as of
-
-published = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from('ab')), min_size=1, max_size=15)
-asked = st.lists(st.tuples(st.integers(0, 20), st.sampled_from('ab')), min_size=1, max_size=9)
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(published, asked)
-def test_as_of_against_a_loop(rows, ask):
-    zero = pd.Timestamp('2024-01-01', tz='UTC')
-    def row(i, t, delay, symbol):
-        time = zero + t * HOUR
-        return dict(time=time, known=time + delay * HOUR, symbol=symbol, value=float(i))
-    source = pd.DataFrame([row(i, *r) for i, r in enumerate(rows)])
-    source = source.drop_duplicates(['time', 'known', 'symbol'], ignore_index=True)
-    when = pd.DataFrame([dict(time=zero + t * HOUR, symbol=s) for t, s in ask], index=range(5, 5 + len(ask)))
-    out = as_of(when, source, by='symbol', max_age='9h')
-    assert out.index.equals(when.index)
-    for i, (w, s) in when.iterrows():
-        there = source[(source.symbol == s) & (source.known <= w)].sort_values(['time', 'known'])
-        young = len(there) and w - there.time.iloc[-1] <= pd.Timedelta('9h')
-        np.testing.assert_equal(out.value[i], there.value.iloc[-1] if young else np.nan)
-
-
-def test_a_daily_value_waits_for_its_day_and_delay():
-    days = pd.date_range('2024-01-01', periods=30, tz='UTC')
-    daily = pd.DataFrame(dict(timestamp=days, asset='btc', AdrActCnt=np.arange(30)))
-    when = pd.date_range('2024-01-01', periods=24 * 32, freq='h', tz='UTC')
-    seen = as_of(when, daily, delay='6h')
-    age = (pd.Series(when) - seen.time.reset_index(drop=True)).dropna()
-    assert age.min() == pd.Timedelta('30h') and seen.AdrActCnt.notna().sum() == len(when) - 30
-    gaps = daily.drop(index=range(5, 9))   # missing days do not change the period
-    assert as_of(when, gaps, delay='6h').known.dropna().isin(seen.known).all()
-
-
-def test_as_of_is_not_shifted_by_zones_or_order():
-    daily = pd.DataFrame(dict(time=pd.date_range('2024-01-01', periods=30, tz='UTC'), value=np.arange(30.)))
-    when = pd.date_range('2024-01-01', periods=24 * 30, freq='h', tz='UTC')
-    expect = as_of(when, daily, delay='0h').value.to_numpy()
-    shuffled = np.random.default_rng(0).permutation(len(when))
-    local = pd.Series(when.tz_convert('Asia/Tokyo'))[shuffled]
-    seen = as_of(local, daily.sample(frac=1, random_state=1), delay='0h').value.to_numpy()
-    np.testing.assert_array_equal(seen, expect[shuffled])
-
-
-# ---- the store
-
-def test_store_reads_what_was_appended(tmp_path):
-    frame = bars(24 * 75, ('BTC/USDT', '1000PEPE/USDT', '币/USDT'), '2023-12-15')
-    frame['trades'] = np.where(frame.symbol == 'BTC/USDT', 5., np.nan)
-    store = Store(tmp_path / 'deep' / 'er')
-    mixed = frame.sample(frac=1, random_state=0)
-    for k in range(7): store.append(mixed[k::7])
-    pd.testing.assert_frame_equal(store.read(), market_frame(frame))
-    assert clean(store.read())[1].digest == clean(frame)[1].digest == read_panel(store.root)[1].digest
-    assert store.symbols == sorted(frame.symbol.unique())
-    assert {p.parent.parent for p in tmp_path.rglob('*.parquet')} == {store.root}
-    part = store.read(['BTCUSDT'], '2024-01-31 22:00', '2024-02-01 02:00')
-    assert part.time.dt.hour.tolist() == [22, 23, 0, 1]
-
-
-def test_store_refuses_and_says_what(tmp_path):
-    store = Store(tmp_path)
-    with pytest.raises(DataError, match='no bars'): store.read()
-    store.append(bars())
-    def files(): return {p: p.read_bytes() for p in tmp_path.rglob('*.parquet')}
-    before = files()
-    more = bars(72)
-    other = fault(75, close=lambda x: x * 1.0001)(more)
-    twice = pd.concat([more, more[70:71].assign(volume=1.)])
-    with pytest.raises(DataError, match='ETH/USDT: 1 bars differ'): store.append(other)
-    with pytest.raises(DataError, match='differ'): store.append(twice)
-    assert files() == before
-
-
-def test_a_damaged_file_of_a_store(tmp_path):
-    store = Store(tmp_path)
-    store.append(bars())
-    path = next(tmp_path.rglob('*.parquet'))
-    whole = path.read_bytes()
-    for damage in (b'', whole[:-9], b'PAR1' + bytes(400) + b'PAR1'):
-        path.write_bytes(damage)
-        with pytest.raises(DataError, match='is damaged'): store.read()
-        with pytest.raises(DataError, match='is damaged'): store.append(bars(72))
-    path.unlink()
-    store.append(bars())
-    pd.testing.assert_frame_equal(store.read(), bars())
-
-
-WRITER = '''
-import sys, pandas as pd
-from cryptoml.data import Store
-frame, store = pd.read_parquet(sys.argv[1]), Store(sys.argv[2])
-print('ready', flush=True)
-for i in range(int(sys.argv[3]), len(frame), int(sys.argv[4])):
-    store.append(frame[i:i + 1])
-    print(i, flush=True)
-'''
-
-def test_store_survives_kill(tmp_path):
-    frame = bars(2000, ('BTC/USDT',))
-    frame.to_parquet(tmp_path / 'all.parquet')
-    rng = random.Random(0)
-    store = Store(tmp_path / 'store')
-    had = 0
-    for _ in range(5):
-        command = [sys.executable, '-c', WRITER, tmp_path / 'all.parquet', store.root, str(had), '1']
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE)
-        for _ in range(3): writer.stdout.readline()     # ready, and two rows are in, however slow the machine
-        time.sleep(rng.uniform(.05, .4))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        if store.symbols:
-            now = store.read()
-            assert len(now) >= had
-            pd.testing.assert_frame_equal(now, frame[:len(now)])
-            had = len(now)
-    assert had >= 10
-    store.append(frame)
-    pd.testing.assert_frame_equal(store.read(), frame)
-
-
-def test_two_writers_lose_nothing(tmp_path):
-    frame = bars(60, ('BTC/USDT',))
-    frame.to_parquet(tmp_path / 'all.parquet')
-    command = [sys.executable, '-c', WRITER, tmp_path / 'all.parquet', tmp_path / 'store']
-    writers = [subprocess.Popen([*command, start, '2'], stdout=subprocess.DEVNULL) for start in '01']
-    assert [w.wait(60) for w in writers] == [0, 0]
-    pd.testing.assert_frame_equal(Store(tmp_path / 'store').read(), frame)
-
-
-@pytest.mark.parametrize('call', ['fsync', 'replace'])
-def test_disk_that_fails(tmp_path, monkeypatch, call):
-    store = Store(tmp_path)
-    store.append(bars())
-    def full(*_): raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as m:
-        m.setattr(os, call, full)
-        with pytest.raises(OSError): store.append(bars(96))
-    pd.testing.assert_frame_equal(store.read(), bars())
-    assert store.append(bars(96)) == 96 and not list(tmp_path.rglob('*.tmp'))
 
 
 # ---- cost and real data

@@ -13,11 +13,12 @@ import pytest, torch
 
 from conftest import ended, forked, resident
 from examples import near
-from cryptoml import study
 from cryptoml.feeds import Health
 from cryptoml.integration import BOOK, UltimateTradingAI, kept_bars, kept_decision
 from cryptoml.ledger import read_ledger
-from cryptoml.live import CLOSE, Live, Settings, differing, parity, say
+from cryptoml.parity import CLOSE, differing, parity
+from cryptoml.answers import say
+from cryptoml.live import Live, Settings
 from cryptoml.monitor import Journal
 from cryptoml.settings import log
 from cryptoml.simulate import simulate
@@ -298,7 +299,7 @@ def training(place, bars, tell):
 @unix
 def test_killed_while_training(world, tmp_path, ledger, monkeypatch, caplog):
     "The model before stays whole and says what it said; the training goes on to the weights of one that nobody killed"
-    monkeypatch.setattr(study, 'importance', without_importance)
+    monkeypatch.setattr('cryptoml.training.importance', without_importance)
     bars = simulate(n_symbols=1, n_bars=2500, seed=5).bars
     expected = []
     began = time.monotonic()
@@ -369,7 +370,7 @@ def test_predictions_leave_nothing_behind(world):
 @proc
 def test_refits_leave_nothing_behind(tmp_path, monkeypatch):
     "Trained and saved again and again, on data that end an hour later each time"
-    monkeypatch.setattr(study, 'importance', without_importance)
+    monkeypatch.setattr('cryptoml.training.importance', without_importance)
     bars = simulate(n_symbols=1, n_bars=2500 + REFITS, seed=5).bars
     ai = UltimateTradingAI(dict(size='small', horizons=[4, 12], state_dir=str(tmp_path), fresh=False), device='cpu')
     sizes, lefts = [], []

@@ -5,9 +5,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from cryptoml import feeds, jobs
+from cryptoml import feeds, jobs, parameters, runs, sources
 from cryptoml.data import Store
-from cryptoml.feeds import Feed, FeedError, Health, Patience, gaps, onchain, opened, record_books, recorded_books
+from cryptoml.feeds import Feed, FeedError, Health, Patience, gaps, opened, record_books, recorded_books
+from cryptoml.sources import onchain
 from cryptoml.microstructure import trades_frame
 from cryptoml.simulate import simulate
 
@@ -313,16 +314,16 @@ def test_importing_opens_no_socket_and_no_ccxt():
         import socket, sys
         def never(*args, **kw): raise AssertionError('a socket was opened')
         socket.socket.__init__ = never
-        import cryptoml.feeds
+        import cryptoml.feeds, cryptoml.sources
         print({'ccxt', 'requests', 'aiohttp'} & set(sys.modules))
         '''
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
 
 def test_no_key_is_read():
-    tree = ast.parse(inspect.getsource(feeds))
-    words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    nodes = [n for module in (feeds, sources) for n in ast.walk(ast.parse(inspect.getsource(module)))]
+    words = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
+        n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert not words & {'environ', 'getenv', 'apiKey', 'secret', 'password', 'netrc'}
 
 # -- the download job
@@ -335,7 +336,7 @@ def test_the_command_word_for_word(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jobs, 'run', lambda job, out, **given: dict(next='train on it: ...', given=given))
     assert jobs.main(['download', *ASKED]) == 0
     assert 'train on it' in capsys.readouterr().out
-    values = jobs.check(jobs.find('download'), jobs._command(['download', *ASKED]).given)
+    values = parameters.check(runs.find('download'), jobs._command(['download', *ASKED]).given)
     assert values == dict(exchange='binance', symbols=['BTC/USDT', 'ETH/USDT'], timeframe='1h', since='2021-01-01',
                           until='', what=['candles'], url='')
 
@@ -350,7 +351,7 @@ def test_the_command_word_for_word(monkeypatch, tmp_path, capsys):
     (['--exchange', 'binanse', '--symbols', 'BTC/USDT', '--since', '2021'], 'exchange must be the name of an exchange'),
 ], ids=lambda x: x[-2] if isinstance(x, list) else '')
 def test_the_download_is_refused_before_anything_starts(given, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jobs, 'execute', lambda *a: pytest.fail('a kernel was started'))
+    monkeypatch.setattr(runs, 'execute', lambda *a: pytest.fail('a kernel was started'))
     assert jobs.main(['download', *given, '--out', str(tmp_path/'run')]) == 2
     assert says in capsys.readouterr().err and not (tmp_path/'run').exists()
 
@@ -361,11 +362,11 @@ def test_the_download_without_ccxt(monkeypatch, capsys):
 
 def downloaded(out, **given):
     "Run the cells of the job here, without a kernel"
-    notebook = jobs.find('download')
+    notebook = runs.find('download')
     out.mkdir(exist_ok=True)
-    names = jobs.check(notebook, given) | dict(out=str(out), display=lambda x: None)
-    cells = [''.join(c['source']) for c in jobs._cells(notebook) if c['cell_type'] == 'code' and not c['metadata']]
-    for source in cells: exec(compile(source, 'download', 'exec'), names)
+    names = parameters.check(notebook, given) | dict(out=str(out), display=lambda x: None)
+    cells = [c for c in parameters.cells_of(notebook) if c['cell_type'] == 'code' and not c['metadata']]
+    for c in cells: exec(compile(''.join(c['source']), 'download', 'exec'), names)
     return json.loads((out/'metrics.json').read_text())
 
 def files_of(out): return {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob('*.parquet'))}
@@ -403,7 +404,7 @@ def test_a_download_that_is_killed_goes_on(world, exchange, tmp_path):
     release.set()
     assert len(files_of(out)) == 4 + 2 and not (out/'metrics.json').exists()
     exchange.forget()
-    found = jobs.run('download', out, **given)
+    found = runs.run('download', out, **given)
     assert 'train on it: cryptoml train --data' in jobs.summary(found, out)
     assert not any('symbol=BTCUSDT interval' in key for key in exchange.calls), 'what was there was asked for again'
     assert files_of(out) == files_of(tmp_path/'whole')
@@ -413,7 +414,7 @@ def test_a_download_that_is_killed_goes_on(world, exchange, tmp_path):
 def test_a_download_without_an_end_is_asked_again(world, exchange, tmp_path):
     given = dict(symbols='ETH/USDT', since='2022-03-01', url=exchange.url)
     out = tmp_path/'run'
-    assert downloaded(out, **given)['again'] and not jobs._finished(out)
+    assert downloaded(out, **given)['again'] and not runs.is_finished(out)
     exchange.step(40)
     exchange.forget()
     assert downloaded(out, **given)['coins'][0]['bars'] == 31 * 24 + 40

@@ -308,7 +308,8 @@ def test_a_forged_note_of_the_run(made, base, tmp_path):
 # ---- the job
 
 def test_the_job(base, tmp_path):
-    from cryptoml.jobs import JobError, run
+    from cryptoml.parameters import JobError
+    from cryptoml.runs import run
     texts, labels = sentences(120)
     pd.DataFrame(dict(sentence=texts, label=labels)).to_csv(tmp_path/'labelled.csv', index=False)
     news = pd.DataFrame(dict(time=pd.date_range('2024-01-01', periods=40, freq='5h', tz='UTC'), title=texts[:40]))
@@ -338,8 +339,8 @@ def test_the_job(base, tmp_path):
     ('store', 'a\nb', 'store must be a path'),
 ])
 def test_the_job_refuses_before_it_starts(tmp_path, capsys, monkeypatch, name, value, sentence):
-    from cryptoml import jobs
-    monkeypatch.setattr(jobs, 'execute', lambda *a: pytest.fail('a kernel was started'))
+    from cryptoml import jobs, runs
+    monkeypatch.setattr(runs, 'execute', lambda *a: pytest.fail('a kernel was started'))
     (tmp_path/'news.csv').write_text('time,title\n')
     given = dict(news=tmp_path/'news.csv') | {name: value}
     assert jobs.main(['sentiment', *(word for k, v in given.items() for word in ('-p', f'{k}={v}'))]) == 2

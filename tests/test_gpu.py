@@ -6,7 +6,8 @@ import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cryptoml import trainer
-from cryptoml.jobs import JobError, plan
+from cryptoml.parameters import JobError
+from cryptoml.runs import plan
 from cryptoml.network import Network
 from cryptoml.trainer import TrainConfig, UltimateTrainer, to_device
 from cryptoml.windows import Windows

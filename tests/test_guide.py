@@ -130,7 +130,7 @@ def defects(tree):
     for n in ast.walk(tree):
         given = []
         if isinstance(n, ast.Yield) and isinstance(n.value, ast.Tuple): given = n.value.elts
-        if isinstance(n, ast.Call) and ast.unparse(n.func) in ('_rows_with', '_Finding', 'note'): given = n.args
+        if isinstance(n, ast.Call) and ast.unparse(n.func) in ('rows_with', '_Finding', 'note'): given = n.args
         texts = {e.value for e in getattr(n, 'elts', []) if isinstance(e, ast.Constant)}
         if isinstance(n, ast.Tuple) and ACTIONS & texts: given = n.elts
         if len(given) > 2 and isinstance(given[0], ast.Constant): yield given[0].value
@@ -152,7 +152,8 @@ def collected():
 def words():
     "The single words that stand for a reason: of HOLD, and of a bar"
     from cryptoml.signals import HELD
-    return {*HELD, *defects(ast.parse(modules['data'].read_text(encoding='utf-8')))}
+    trees = [ast.parse(modules[name].read_text(encoding='utf-8')) for name in ('clean', 'panel')]
+    return {*HELD, *(word for tree in trees for word in defects(tree))}
 
 def messages_on_the_page():
     "The first lines of each entry: its messages, without the explanation"

@@ -13,7 +13,7 @@ from cryptoml.integration import UltimateTradingAI
 from cryptoml.network import NetworkConfig
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
-from cryptoml.study import Terms, possible
+from cryptoml.terms import Terms, possible
 from cryptoml.windows import Scaler
 
 LARGEST = float(np.finfo(np.float32).max) / 2    # so that the difference of two values is one too

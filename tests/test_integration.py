@@ -15,7 +15,7 @@ import pytest, safetensors.torch, torch
 
 from conftest import ended, forked
 from examples import CLOCKS, near
-from cryptoml import integration, newest, state, study, trainer
+from cryptoml import integration, newest, state, trainer, training
 from cryptoml.combined import save_combined
 from cryptoml.data import CANDLE, PRICES, DataError, market_frame
 from cryptoml.forecaster import make_inputs, save_forecaster
@@ -1408,12 +1408,12 @@ def test_training_cancelled_at_its_end(busy, short_history, monkeypatch, fresh):
     (ai, root), bars = busy, short_history
     monkeypatch.setattr(ai, 'config', replace(ai.config, fresh=fresh))
     live = ai.live()
-    judging, cancelled, judge = threading.Event(), threading.Event(), study.judge
+    judging, cancelled, judge = threading.Event(), threading.Event(), training.judge
     def held_up(*args, **options):
         judging.set()
         comes(cancelled)
         return judge(*args, **options)
-    monkeypatch.setattr(study, 'judge', held_up)
+    monkeypatch.setattr(training, 'judge', held_up)
     async def day():
         task = asyncio.create_task(ai.train_from_historical_data(bars, epochs=1))
         await asyncio.to_thread(comes, judging)

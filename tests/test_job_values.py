@@ -3,11 +3,13 @@ import ast, errno, json, os, subprocess, sys, textwrap
 
 import pytest
 
-from cryptoml import jobs
+from cryptoml import jobs, runs
+from cryptoml import parameters as reading
 from cryptoml.backtest import Costs
 from cryptoml.forecaster import ForecasterConfig
 from cryptoml.integration import Config
-from cryptoml.jobs import JobError, JobFailed, check, convert, find, parameters, run
+from cryptoml.parameters import JobError, JobFailed, check, convert, parameters
+from cryptoml.runs import find, run
 from cryptoml.network import LARGEST, MODELS, SIZES
 from cryptoml.settings import LONGEST, MODEL_NAMES, RULES, SIZE_NAMES, SettingError, check_settings
 from cryptoml.trainer import TrainerError, pick_device
@@ -93,7 +95,7 @@ REFUSED = [
 
 @pytest.mark.parametrize('name, value, sentence', REFUSED, ids=lambda x: ascii(x)[:24])
 def test_refused_before_anything_starts(tmp_path, capsys, monkeypatch, name, value, sentence):
-    monkeypatch.setattr(jobs, 'execute', lambda *a: pytest.fail('a kernel was started'))
+    monkeypatch.setattr(runs, 'execute', lambda *a: pytest.fail('a kernel was started'))
     out = tmp_path/'run'
     assert sentence in said('train', capsys, '--out', str(out), '-p', f'{name}={value}')
     assert not out.exists()
@@ -123,9 +125,9 @@ def test_a_folder_is_data_and_no_source(tmp_path, capsys):
 def test_the_evidence_job_asks_too(capsys, name, value, sentence):
     assert sentence in said('evidence', capsys, '-p', f'{name}={value}')
 
-@pytest.mark.parametrize('job', jobs.jobs())
+@pytest.mark.parametrize('job', runs.jobs())
 def test_every_parameter_of_every_job_is_checked(job):
-    checked = {n.id for n in ast.walk(ast.parse(jobs._tagged(find(job), 'checks'))) if isinstance(n, ast.Name)}
+    checked = {n.id for n in ast.walk(ast.parse(reading._tagged(find(job), 'checks'))) if isinstance(n, ast.Name)}
     assert not parameters(find(job)).keys() - checked - {'out'}
 
 def test_a_refusal_is_quick():
@@ -261,11 +263,11 @@ def test_refused_here_or_by_a_library_and_then_put_right(tell, tmp_path):
     ('ParserError', True), ('ArrowInvalid', True), ('DateParseError', True), ('SettingError', True),
     ('KeyError', False), ('TypeError', False), ('AssertionError', False), ('RuntimeError', False), ('print', False),
 ])
-def test_whose_mistake(name, users): assert jobs._users(name, '') == users
+def test_whose_mistake(name, users): assert runs._users(name, '') == users
 
 def test_no_room_for_the_executed_notebook(tell, tmp_path, monkeypatch, capsys):
     def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path/'tell.ipynb'))
-    monkeypatch.setattr(jobs, 'execute', full)
+    monkeypatch.setattr(runs, 'execute', full)
     assert jobs.main([str(tell), '--out', str(tmp_path/'run')]) == 2
     assert 'No space left on device; the same command continues' in capsys.readouterr().err
 

@@ -5,8 +5,9 @@ import psutil
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml import jobs
-from cryptoml.jobs import JobError, JobFailed, check, convert, parameters, plan, run
+from cryptoml import jobs, runs
+from cryptoml.parameters import JobError, JobFailed, check, convert, parameters
+from cryptoml.runs import plan, run
 
 # What follows waits for lines of output, lines of history and ends of processes. No test counts on a speed.
 HANGS = 300   # Seconds after which something that should have happened never will
@@ -241,7 +242,7 @@ def test_a_finished_run_answers_at_once(walk, monkeypatch):
     data.write_text('1')
     metrics = run(walk, steps=3, data='bars.csv')
     out = plan(walk, None, dict(steps=3, data='bars.csv'))[2]
-    monkeypatch.setattr(jobs, 'execute', lambda *a: 1/0)
+    monkeypatch.setattr(runs, 'execute', lambda *a: 1/0)
     assert run(walk, steps='3', data='bars.csv') == metrics
     with pytest.raises(ZeroDivisionError): run(walk, steps=4, data='bars.csv')
     monkeypatch.chdir('/')
@@ -321,7 +322,7 @@ def test_bugs_are_tracebacks(walk, fail, says):
 
 def test_exit_code_of_a_bug(walk, capsys, monkeypatch):
     def broken(*a): raise JobFailed('KeyError in cell 3\nthe end of it')
-    monkeypatch.setattr(jobs, 'execute', broken)
+    monkeypatch.setattr(runs, 'execute', broken)
     assert jobs.main([str(walk), '--out', str(walk.parent/'y')]) == 1
     assert 'KeyError in cell 3\nthe end' in capsys.readouterr().err
 

@@ -37,7 +37,9 @@ from cryptoml.forecaster import Forecaster, ForecasterConfig
 from cryptoml.members import LINES, member_arrays
 from cryptoml.newest import Snapshot, predict_newest
 from cryptoml.simulate import simulate
-from cryptoml.study import Study, Trained, trade, train_and_judge
+from cryptoml.study import Study
+from cryptoml.books import trade
+from cryptoml.training import Trained, train_and_judge
 from cryptoml.targets import regime
 from cryptoml.verdict import OWN, Comparison, gain_table
 from cryptoml.windows import Scaler, Windows
@@ -135,7 +137,7 @@ def unfitted(f, w, epoch, validate, settings, out, device):
 def walk(w: World, out, extra=own, days=as_it_came, texts=None, steps=False) -> Walk:
     "From bars to verdict; without `steps` the networks stay as they began, and some members are missing: a quick one"
     with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(io.StringIO()):
-        m.setattr('cryptoml.study.importance', lambda *_: pd.Series(dtype=float))
+        m.setattr('cryptoml.training.importance', lambda *_: pd.Series(dtype=float))
         if not steps:
             m.setattr('cryptoml.forecaster.fit', unfitted)
             m.setitem(sys.modules, 'lightgbm', None)
@@ -409,7 +411,7 @@ def stopped_by_the_test(inputs, targets, parts, *args, find=combined.find):
     return find(inputs, targets, parts | dict(valid=parts['test']), *args)
 
 def test_11_settings_chosen_on_the_reported_span(folder, monkeypatch):
-    monkeypatch.setattr('cryptoml.study.find', stopped_by_the_test)
+    monkeypatch.setattr('cryptoml.training.find', stopped_by_the_test)
     assert {'found loss 0', 'found members', 'found shares', TRADED} <= found_by(folder)
 
 def dying(w: World, symbol, moment) -> World:

@@ -18,8 +18,10 @@ from cryptoml.data import CANDLE
 from cryptoml.feeds import Feed
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.jobs import main
-from cryptoml.live import (CLOSE, Desk, Handler, Live, Paper, Server, Settings, alerts_of, differing, load_ai,
-                           parity, say)
+from cryptoml.answers import Desk, Handler, Server, load_ai, say
+from cryptoml.paper import Paper
+from cryptoml.parity import differing, parity, CLOSE
+from cryptoml.live import Live, Settings, alerts_of
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError, load, read_lines, save
 from replay_exchange import replaying

@@ -5,10 +5,10 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from cryptoml.data import DataError
 from cryptoml.engine import BARS, Engine, chained, ordered
-from cryptoml.microstructure import BOOK_AGE, MICROSTRUCTURE, MIDDLE_AGE, ORDERBOOK_COLUMNS
-from cryptoml.microstructure import SECOND, TRADE_AGE, TRADES_COLUMNS
-from cryptoml.microstructure import book_row, level_names, orderbook_at_bars, orderbook_frame
+from cryptoml.microstructure import BOOK_AGE, MICROSTRUCTURE, MIDDLE_AGE, ORDERBOOK_COLUMNS, TRADE_AGE
+from cryptoml.microstructure import TRADES_COLUMNS, book_row, level_names, orderbook_at_bars, orderbook_frame
 from cryptoml.microstructure import trade_rows, trades_at_bars, trades_frame
+from cryptoml.times import SECOND
 from cryptoml.technical import TECHNICAL
 
 START, MINUTE = pd.Timestamp('2024-03-09 23:00', tz='UTC'), 60 * SECOND

@@ -12,9 +12,10 @@ from examples import TERMS
 from cryptoml.data import DataError, to_panel
 from cryptoml.gate import Declared
 from cryptoml.metrics import diebold_mariano
-from cryptoml.monitor import (BETS, WORSE, Alerts, Journal, Matured, Rule, bet_on, days_of, declare, declared, drift,
-                              health_report, live_book, live_rows, matured, plausible, promotion, refit_due, rounds,
-                              shadow_of, spells, wealth)
+from cryptoml.evidence import days_of
+from cryptoml.monitor import BETS, WORSE, Alerts, Journal, Matured, Rule, bet_on, declare, declared, drift
+from cryptoml.monitor import health_report, live_book, live_rows, matured, plausible, promotion, refit_due, rounds
+from cryptoml.monitor import shadow_of, spells, wealth
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
 from cryptoml.targets import make_targets, trailing_sigma

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cryptoml.data import DataError, to_panel
-from cryptoml.jobs import JobError, run
+from cryptoml.parameters import JobError
+from cryptoml.runs import run
 from cryptoml.newcoins import (METAS, NOT_ADAPTED, REFIT, Coins, Compared, Learner, Plan, Reading, compare, entries,
                                learnt_from, quarter_of, ways_of)
 from cryptoml.simulate import simulate

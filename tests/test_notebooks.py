@@ -55,6 +55,8 @@ def test_shape(nb):
     assert 'error' not in kinds, 'an output is an error'
     title = sources(nb, 'markdown')[0].strip()
     assert re.fullmatch('# .+\n\n> .+', title), f'the title cell holds more than title and subtitle: {title}'
+    marked = [s for s in sources(nb, 'markdown') if '%% [markdown]' in s]
+    assert not marked, f'a cell begins within another one: {marked[0][-200:]}'
 
 @pytest.mark.parametrize('nb', everything, ids=name)
 def test_no_place_of_one_machine(nb):
@@ -104,11 +106,15 @@ def test_numbers():
     assert all(re.fullmatch(r'\d{3}_[a-z]+', n) for n in numbered)
     assert len({n[:3] for n in numbered}) == len({n[4:] for n in numbered}) == len(numbered)
 
+def test_no_page_has_an_address_of_the_site_itself():
+    "A page named search would be where the search is"
+    assert not {n.stem[4:] for n in notebooks} & {'search', 'genindex', 'index', 'api', 'catalogue', 'reports', '404'}
+
 def test_jobs_are_no_tests():
     assert (nbs/'jobs'/'.notest').exists() and (root/'nbs'/'_quarto.yml').resolve() == root/'_quarto.yml'
 
 def test_job_notebooks_have_parameters():
-    from cryptoml.jobs import parameters
+    from cryptoml.parameters import parameters
     for nb in (nbs/'jobs').glob('*.ipynb'):
         p = parameters(nb)
         assert 'out' in p, f'{nb.name} has no parameter out'
@@ -139,3 +145,9 @@ def test_readme_of_the_tests():
     named = set(re.findall(r'`(test_\w+)\.py`', text)) | set(re.findall(r'`(\d{3}_\w+)`', text))
     there = {p.stem for p in (root/'tests').iterdir()} | {p.stem for p in notebooks}
     assert not named - there, f'tests/README.md names what is not there: {named - there}'
+
+MOST_LINES = 850   # What a reader can hold in the head, and still much
+
+@pytest.mark.parametrize('path', sorted((root/'cryptoml').glob('[!_]*.py')), ids=lambda path: path.stem)
+def test_a_module_is_not_long(path):
+    assert len(path.read_text(encoding='utf-8').splitlines()) <= MOST_LINES, 'cut it along its ideas'

@@ -9,8 +9,9 @@ from hypothesis import given, settings, strategies as st
 
 from cryptoml.data import DataError, market_frame
 from cryptoml.engine import BARS, Engine
-from cryptoml.onchain import DAY, LOOKBACK, MAX_AGE, ONCHAIN, ONCHAIN_COLUMNS, STABLECOINS, VENDOR
-from cryptoml.onchain import onchain_at_bars, onchain_frame
+from cryptoml.times import DAY
+from cryptoml.onchain import LOOKBACK, MAX_AGE, ONCHAIN, ONCHAIN_COLUMNS, STABLECOINS, VENDOR, onchain_at_bars
+from cryptoml.onchain import onchain_frame
 from cryptoml.simulate import simulate
 
 needs_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')

@@ -15,8 +15,10 @@ from cryptoml.engine import step
 from cryptoml.features import FAMILIES, FamilyError, bring, register
 from cryptoml.forecaster import all_features, engineer_like, engineer_of, make_inputs
 from cryptoml.integration import UltimateTradingAI
-from cryptoml.jobs import JobError, run
-from cryptoml.live import CommandError, command
+from cryptoml.parameters import JobError
+from cryptoml.runs import run
+from cryptoml.answers import CommandError
+from cryptoml.live import command
 from cryptoml.online import Followed
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError

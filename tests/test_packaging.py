@@ -45,11 +45,15 @@ def test_imports_from_below(module):
     names, own = imports(module)
     above = [m for m in own if number[m] >= number[module]]
     assert not above, f'{module} imports from above: {above}'
-    if module not in (*of_the_site, 'jobs'): assert not names & set(tools), f'{module} imports {names & set(tools)}'
+    if module not in (*of_the_site, 'runs'): assert not names & set(tools), f'{module} imports {names & set(tools)}'
 
-def test_jobs_import_papermill_late():
-    top = {full.split('.')[0] for full in imported(ast.parse(source('jobs')).body)}
+@pytest.mark.parametrize('module', ['parameters', 'runs', 'commands', 'jobs'])
+def test_jobs_import_papermill_late(module):
+    "Nothing that takes a second, and no module that imports it: a typing error is answered at once"
+    above = [full for full in imported(ast.parse(source(module)).body)]
+    top = {full.split('.')[0] for full in above}
     assert not top & {*tools, 'torch', 'pandas', 'numpy'}
+    assert {full for full in above if full.startswith('.')} <= {'.parameters', '.runs', '.commands'}
 
 def test_one_module_a_notebook():
     assert {p.stem for p in (root/'cryptoml').glob('*.py')} == {*modules, '__init__', '_modidx'}

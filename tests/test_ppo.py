@@ -1,5 +1,5 @@
 "The agent that sizes positions: its accounts are the backtest's, it learns what is there, and not what is not"
-import json, os, signal, subprocess, sys, textwrap, time, warnings
+import json, os, subprocess, sys, textwrap, warnings
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -11,21 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ended, forked, resident
+from conftest import resident
 from examples import TERMS, untrained
-from cryptoml import state
+from cryptoml.actions import (CLIP, OWN, AgentError, Reward, Scale, Sight, Sizing, forecast_fields, prediction_fields,
+                              stacked)
 from cryptoml.backtest import COSTS, FUNDING, TRADED, Costs, account_for
 from cryptoml.combined import weigh
 from cryptoml.data import to_panel
+from cryptoml.environment import Lanes, World, episodes, planted, trading_env, vec_trading
 from cryptoml.ledger import read_ledger
 from cryptoml.metrics import day_blocks, interval_mean, sharpe
 from cryptoml.newest import Snapshot, coin_bars, look, predict_view
-from cryptoml.ppo import (CLIP, OWN, Agent, AgentError, Lanes, Reward, Scale, Sight, Sizing, Training, World,
-                          apart, begin, episodes, forecast_fields, layers_of, learn, left_alone,
-                          load_agent, overfit_probability, planted, play, played, prediction_fields, recipe_of,
-                          save_agent, stacked, trading_env, vec_trading, world_of)
+from cryptoml.overfitting import apart, overfit_probability
+from cryptoml.ppo import Agent, Training, begin, layers_of, learn, left_alone, play, played, recipe_of
 from cryptoml.simulate import simulate
-from cryptoml.state import StateError
+from cryptoml.sizer import of_plain, to_plain, world_of
 from cryptoml.study import Study
 from cryptoml.windows import Samples
 
@@ -350,7 +350,8 @@ def test_an_agent_is_what_stable_baselines3_answers():
 LEARN = '''
     import torch
     torch.set_num_threads(1)
-    from cryptoml.ppo import Training, learn, planted, recipe_of
+    from cryptoml.environment import planted
+    from cryptoml.ppo import Training, learn, recipe_of
     print(recipe_of(learn(planted(.2, bars=800), training=Training(steps=8192, episode=40), seed=SEED)))
     '''
 
@@ -392,13 +393,12 @@ def test_learning_leaves_random_numbers_and_threads_of_the_process_alone():
 def test_mistakes_are_a_sentence(make, words):
     with pytest.raises(AgentError, match=words): make()
 
-# ---- kept, damaged, forged
+# ---- kept, forged
 
-def test_an_agent_comes_back_as_it_was(tmp_path):
+def test_an_agent_comes_back_as_it_was():
     agent = learn(planted(.2, bars=800), training=Training(steps=512, lanes=8, episode=20), note='mine')
-    save_agent(agent, tmp_path, word='FAIL')
-    again, about = load_agent(tmp_path)
-    assert about == dict(word='FAIL') and again.about['note'] == 'mine'
+    again = of_plain(json.loads(json.dumps(to_plain(agent))))
+    assert again.about['note'] == 'mine'
     assert again.about['versions']['stable_baselines3'] and again.about['span'][0].startswith('2024-01-01')
     assert (again.fields, again.sizing, again.reward) == (agent.fields, agent.sizing, agent.reward)
     assert recipe_of(again) == recipe_of(agent)
@@ -406,99 +406,66 @@ def test_an_agent_comes_back_as_it_was(tmp_path):
     same(played(again, market).equity, played(agent, market).equity)
 
 WITHOUT = '''
-    import sys
+    import json, sys
     sys.modules['stable_baselines3'] = sys.modules['gymnasium'] = None     # importing either raises
-    from cryptoml.ppo import AgentError, Sight, learn, load_agent, planted, played
-    agent, _ = load_agent(FOLDER)
+    from cryptoml.actions import AgentError
+    from cryptoml.environment import planted
+    from cryptoml.ppo import learn, played
+    from cryptoml.sizer import of_plain
+    agent = of_plain(json.load(sys.stdin))
     print(played(agent, planted(.2, bars=400)).equity[-1])
     try: learn(planted(.2, bars=800))
     except AgentError as e: print(e)
     '''
 
-def test_playing_needs_neither_library(tmp_path):
+def test_playing_needs_neither_library():
     agent = some_agent()
-    save_agent(agent, tmp_path)
-    done = process(WITHOUT.replace('FOLDER', repr(str(tmp_path))))
+    done = process(WITHOUT, input=json.dumps(to_plain(agent)))
     assert done.returncode == 0, done.stderr[-800:]
     assert done.stdout.splitlines() == [str(played(agent, planted(.2, bars=400)).equity[-1]),
                                         "training an agent needs gymnasium: pip install 'cryptoml[rl]'"]
 
-def broken(tensors, m, change):
-    "A whole generation whose numbers or words make no sense: digests fit"
-    tensors = {k: dict(v) for k, v in tensors.items()}
-    m = json.loads(json.dumps(m))
-    change(tensors, m)
-    return tensors, m
-
-def put(place, key, value):
-    return lambda tensors, m: (m if place == 'm' else tensors[place]).__setitem__(key, value)
+def put(*place):
+    "The last one in the place of what stands there"
+    *way, key, value = place
+    def change(m):
+        for k in way: m = m[k]
+        m[key] = value
+    return change
 
 @pytest.mark.parametrize('change', [
-    put('m', 'kind', 'combined'),
-    put('m', 'fields', ['trend']),
-    put('m', 'fields', ['trend', 'trend']),
-    put('m', 'fields', [1, 2]),
-    put('m', 'fields', 'ab'),
-    put('m', 'layers', 1),
-    put('m', 'layers', 10**9),
-    put('m', 'layers', True),
-    put('m', 'agent', 'me'),
-    put('m', 'sizing', dict(every=4, target_annual=-1)),
-    put('m', 'sizing', dict(every=4, unheard=1)),
-    put('m', 'sizing', dict(max_weight='1')),
-    put('m', 'reward', dict(growth=None)),
-    put('scale', 'spread', torch.zeros(2, dtype=torch.float64)),
-    put('scale', 'spread', torch.ones(3, dtype=torch.float64)),
-    put('scale', 'center', torch.full((2,), float('nan'), dtype=torch.float64)),
-    put('scale', 'optional', torch.ones(2)),
-    put('scale', 'more', torch.ones(2)),
-    put('policy', 'weight_0', torch.full((8, 6), float('inf'))),
-    put('policy', 'weight_0', torch.ones(8, 5)),
-    put('policy', 'weight_1', torch.ones(2, 8)),
-    put('policy', 'bias_1', torch.ones(1, dtype=torch.float64)),
-    put('policy', 'weight_9', torch.ones(1)),
-    lambda tensors, m: tensors.pop('scale'),
-    lambda tensors, m: m.pop('sizing'),
-    lambda tensors, m: tensors['policy'].pop('bias_0'),
+    put('fields', ['trend']),
+    put('fields', ['trend', 'trend']),
+    put('fields', [1, 2]),
+    put('fields', 'ab'),
+    put('layers', 1),
+    put('layers', 10**9),
+    put('layers', True),
+    put('agent', 'me'),
+    put('sizing', dict(every=4, target_annual=-1)),
+    put('sizing', dict(every=4, unheard=1)),
+    put('sizing', dict(max_weight='1')),
+    put('reward', dict(growth=None)),
+    put('scale', 'spread', [0., 0.]),
+    put('scale', 'spread', [1., 1., 1.]),
+    put('scale', 'center', [float('nan')] * 2),
+    put('scale', 'optional', [True]),
+    put('policy', 'weight_0', [[float('inf')] * 6] * 8),
+    put('policy', 'weight_0', [[1.] * 5] * 8),
+    put('policy', 'weight_0', [[1.] * 6, [1.]]),
+    put('policy', 'weight_0', 'cos system'),
+    put('policy', 'weight_1', [[1.] * 8] * 2),
+    put('policy', 'weight_9', [1.]),
+    put('policy', []),
+    lambda m: m.pop('scale'),
+    lambda m: m.pop('sizing'),
+    lambda m: m['policy'].pop('bias_0'),
 ])
-def test_what_makes_no_sense_is_refused_in_a_sentence(tmp_path, change):
-    save_agent(some_agent(), tmp_path/'good')
-    state.save(tmp_path/'bad', *broken(*state.load(tmp_path/'good'), change))
-    with pytest.raises(StateError, match='bad'): load_agent(tmp_path/'bad')
-
-@pytest.mark.parametrize('damage', ['cut', 'flip', 'empty', 'gone', 'pickle'])
-def test_a_damaged_generation_is_the_one_before_or_an_error(tmp_path, damage):
-    for seed in (1, 2): save_agent(some_agent(seed=seed), tmp_path)
-    path = state.generations(tmp_path)[-1]/'policy.safetensors'
-    data = path.read_bytes()
-    if damage == 'gone': path.unlink()
-    else:
-        flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
-        path.write_bytes(dict(cut=data[:-5], flip=flipped, empty=b'', pickle=b'cos\nsystem\n(S"exit 1"\ntR.')[damage])
-    with pytest.warns(UserWarning, match='was loaded instead'): agent, _ = load_agent(tmp_path)
-    assert agent.about == dict(seed=1)
-    for p in state.generations(tmp_path): (p/'manifest.json').unlink()
-    with pytest.raises(StateError, match='no whole generation'): load_agent(tmp_path)
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-def test_killed_while_saving(tmp_path):
-    "The agent before or the one after, whole"
-    save_agent(some_agent(seed=0), tmp_path)
-    def go_on():
-        for seed in range(1, 10**6): save_agent(some_agent(seed=seed), tmp_path)
-    want = {}
-    for n in range(6):
-        pid = forked(go_on)
-        time.sleep(.05 + .03 * n)
-        os.kill(pid, signal.SIGKILL)
-        assert ended(pid) == -signal.SIGKILL
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')
-            agent, _ = load_agent(tmp_path)
-        seed = agent.about['seed']
-        assert recipe_of(agent) == recipe_of(some_agent(seed=seed))
-        want[n] = seed
-    assert max(want.values()) > 0
+def test_what_makes_no_sense_is_refused_in_a_sentence(change):
+    kept = json.loads(json.dumps(to_plain(some_agent())))
+    of_plain(kept)
+    change(kept)
+    with pytest.raises(AgentError): of_plain(kept)
 
 # ---- what is judged
 

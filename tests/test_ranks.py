@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import forked
-from cryptoml import jobs
-from cryptoml.jobs import JobError, JobFailed
+from cryptoml import runs
+from cryptoml.parameters import JobError, JobFailed
 from cryptoml.state import generations, load, lock, read_lines
 from cryptoml.trainer import TrainConfig, TrainerError, UltimateTrainer, weighted_mean
 from test_trainer import X, Y, bits, whole_history
@@ -285,7 +285,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([os.path.dirname(__file__), os.environ.get('PYTHONPATH', '')]))
     (tmp_path/'scratch').mkdir()
     monkeypatch.setenv('TMPDIR', str(tmp_path/'scratch'))
-    monkeypatch.setattr(jobs.tempfile, 'tempdir', None)
+    monkeypatch.setattr(runs.tempfile, 'tempdir', None)
     cells = dict(parameters="epochs: int = 3\nthreads: int = 2\nout: str = ''", together=TOGETHER, rest=METRICS)
     made = [dict(cell_type='code', id=tag, metadata=dict(tags=[tag]), execution_count=None, outputs=[], source=source)
             for tag, source in cells.items()]
@@ -297,7 +297,7 @@ def job(tmp_path, monkeypatch):
 def run_job(job, out, **given):
     "In a process of its own"
     os.environ['LOCAL_WORLD_SIZE'] = os.environ['WORLD_SIZE']
-    try: return jobs.run(job, out, **given)
+    try: return runs.run(job, out, **given)
     except (JobError, JobFailed) as e: raise TrainerError(str(e)) from None
 
 def killed_under_torchrun(job, out):
@@ -324,7 +324,7 @@ def test_a_job_of_two_processes(tmp_path, job, monkeypatch):
     once, _ = fit(tmp_path/'once', epochs=1)
     for name in ('train_loss', 'valid_loss'): assert found[0][name] == pytest.approx(expected[name].tolist(), abs=1e-5)
     assert found[0]['second'] == pytest.approx(once.train_loss.tolist(), abs=1e-5)
-    monkeypatch.setattr(jobs, 'execute', lambda *_: 1 / 0)
+    monkeypatch.setattr(runs, 'execute', lambda *_: 1 / 0)
     answered = [one['found'] for one in ranks(2, lambda r: run_job(job, tmp_path/'out'), tmp_path)]
     assert answered[0]['second'] == found[0]['second'] and answered[1] == {}
     assert folders() == left
@@ -340,7 +340,7 @@ def said_by_first(job, tmp_path):
     def execute(*_):
         while not (tmp_path/'told1').exists(): time.sleep(.01)
         (tmp_path/'out'/'metrics.json').write_text('{}')
-    jobs.execute = execute
+    runs.execute = execute
     return run_job(job, tmp_path/'out')
 
 def test_a_job_that_shares_nothing_is_not_started_twice(tmp_path, job):

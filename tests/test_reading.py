@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cryptoml.data import (
-    CANDLE, COINS, PRICES, QUOTES, DataError, NoSymbol, clean, clean_each, market_frame, normalise_symbol, read_bars,
-    read_each, read_panel, to_utc)
+    CANDLE, PRICES, DataError, NoSymbol, clean, clean_each, market_frame, normalise_symbol, read_bars, read_each,
+    read_panel, to_utc)
 from cryptoml.features import AdvancedFeatureEngineer
+from cryptoml.symbols import COINS, QUOTES
 
 # ---- names
 

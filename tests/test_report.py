@@ -8,11 +8,12 @@ import numpy as np, pandas as pd, pytest
 from cryptoml import jobs
 from cryptoml.backtest import Costs, account_for
 from cryptoml.ledger import Tried
-from cryptoml.report import (ASSETS, DIGEST, KEPT, OWN, PERCENT, TERMS, ReportError, Run, at_volatility, books_table,
-                             calibration, coins_table, coverage, equity_of, figure_html, glossary, luck, may_i,
-                             read_run, speaks_of, table_html, told, what_next, will_do, write_report)
+from cryptoml.plots import coverage, at_volatility, calibration, equity_of, luck
+from cryptoml.record import KEPT, ReportError, Run, books_table, read_run
+from cryptoml.verdict import OWN, SIMULATED, row, verdict
+from cryptoml.page import ASSETS, DIGEST, PERCENT, TERMS, figure_html, glossary, table_html, told
+from cryptoml.report import coins_table, may_i, speaks_of, what_next, will_do, write_report
 from cryptoml.state import read_json, write_json
-from cryptoml.verdict import SIMULATED, row, verdict
 
 COINS = ['BTC/USDT', 'ETH/USDT', 'SOL/USDT']
 PRICE = 31_415.926     # Stands in the fans alone: a row of somebody's bars

@@ -12,8 +12,9 @@ from cryptoml.audit import audit
 from cryptoml.data import DataError
 from cryptoml.engine import BARS, Engine
 from cryptoml.features import AdvancedFeatureEngineer, catalogue
-from cryptoml.sentiment import DAY, DAYS, HOUR, LOOKBACK, MAX_AGE, RUN, SENTIMENT, SENTIMENT_COLUMNS
-from cryptoml.sentiment import coin_of, sentiment_at_bars, sentiment_frame
+from cryptoml.times import DAY, HOUR
+from cryptoml.sentiment import DAYS, LOOKBACK, MAX_AGE, RUN, SENTIMENT, SENTIMENT_COLUMNS, coin_of
+from cryptoml.sentiment import sentiment_at_bars, sentiment_frame
 from cryptoml.simulate import simulate
 
 needs_data = pytest.mark.skipif('CRYPTOML_DATA' not in os.environ, reason='CRYPTOML_DATA is not set: real data absent')

@@ -9,13 +9,17 @@ import pytest
 
 from cryptoml.combined import save_combined, weigh
 from cryptoml.data import CANDLE, to_panel
-from cryptoml.feeds import Feed, FeedError, Patience, Sources, news, own_rows
+from cryptoml.feeds import Feed, FeedError, Patience
+from cryptoml.sources import Sources, news, own_rows
 from cryptoml.forecaster import make_inputs
 from cryptoml.hosts import Keeper, find_candles
 from cryptoml.jobs import main
-from cryptoml.live import CommandError, Live, Settings, load_ai, parity, sources_for
+from cryptoml.answers import CommandError, load_ai
+from cryptoml.parity import parity
+from cryptoml.live import Live, Settings, sources_for
 from cryptoml.simulate import simulate
-from cryptoml.study import Study, judge
+from cryptoml.study import Study
+from cryptoml.training import judge
 from examples import near, untrained
 
 ccxt = pytest.importorskip('ccxt')

@@ -222,6 +222,10 @@ def test_root_is_a_file(tmp_path):
     with pytest.raises(StateError): put(tmp_path/'x', 1)
     with pytest.raises(StateError, match='nothing was saved'): load(tmp_path/'x')
 
+def test_the_folder_of_a_run_names_that_of_its_model(tmp_path):
+    put(tmp_path/'run'/'model', 1)
+    with pytest.raises(StateError, match='the model of this run is in .*run.model'): load(tmp_path/'run')
+
 # ---- suite 5: damage
 
 FILES = ['manifest.json', 'model.safetensors', 'scaler.safetensors']

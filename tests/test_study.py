@@ -8,15 +8,18 @@ import pytest
 from examples import TERMS, untrained
 from cryptoml.data import to_panel
 from cryptoml.backtest import Costs, account_for
+from cryptoml.books import trade
 from cryptoml.combined import save_combined, weigh
+from cryptoml.evidence import Rival, evaluate, promises_of
 from cryptoml.ledger import Tried
 from cryptoml.policy import Policy
 from cryptoml.simulate import simulate
 from cryptoml.state import StateError
-from cryptoml.study import (OWN, Rival, Study, Terms, evaluate, funding_at_opens, heads_of, judge, possible,
-                            promises_of, trade)
+from cryptoml.study import Study, funding_at_opens
 from cryptoml.targets import REGIMES
-from cryptoml.verdict import gain_table
+from cryptoml.terms import Terms, heads_of, possible
+from cryptoml.training import judge
+from cryptoml.verdict import OWN, gain_table
 
 SAVED = asdict(TERMS)
 

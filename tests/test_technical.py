@@ -5,8 +5,11 @@ import numpy as np, pandas as pd, pytest, talib
 from hypothesis import given, settings, strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from cryptoml.engine import BARS, Engine, chained, ordered
-from cryptoml.technical import TECHNICAL, patterns, reversals
-from cryptoml.technical import deviation, highest, latest, mean_std, power_sums, slide, slide_size, total
+from cryptoml.candles import patterns, reversals
+from cryptoml.oscillators import deviation
+from cryptoml.rolling import highest, mean_std, power_sums, slide, slide_size, total
+from cryptoml.technical import TECHNICAL
+from cryptoml.trend import latest
 
 FIRST, SETTLE = (chained(ordered(TECHNICAL), key) for key in ('first', 'settle'))
 ENGINE = Engine(TECHNICAL)

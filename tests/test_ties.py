@@ -9,7 +9,8 @@ import numpy as np, pandas as pd, pytest
 
 from cryptoml.crosssection import CROSS_BASE, cross_section
 from cryptoml.engine import BARS, Engine
-from cryptoml.technical import ROUNDING, TECHNICAL, beyond_rounding
+from cryptoml.rolling import ROUNDING, beyond_rounding
+from cryptoml.technical import TECHNICAL
 
 ENGINE = Engine(TECHNICAL)
 STREAM = Engine(TECHNICAL, block=16)

@@ -7,7 +7,8 @@ import numpy as np, pandas as pd, pytest, torch
 from cryptoml.calibration import ODD
 from cryptoml.integration import UltimateTradingAI
 from cryptoml.ledger import read_ledger
-from cryptoml.report import KEPT, read_run, write_report
+from cryptoml.record import KEPT, read_run
+from cryptoml.report import write_report
 from cryptoml.simulate import simulate
 from cryptoml.state import load, lock, read_lines
 
@@ -69,7 +70,9 @@ def bars(tmp_path_factory):
     path = tmp_path_factory.mktemp('data')/'bars.parquet'
     d = simulate(n_symbols=3, n_bars=2800, seed=4).bars.rename(columns=dict(time='timestamp'))
     nameless = d[d.symbol == d.symbol.iloc[0]].assign(symbol='GOLD')           # of what against what, nobody knows
-    pd.concat([d.assign(symbol=d.symbol.str.replace('/', '')), nameless]).to_parquet(path)
+    written = pd.concat([d.assign(symbol=d.symbol.str.replace('/', '')), nameless])
+    written.attrs = {}                                                         # nor that it was made up
+    written.to_parquet(path)
     return path
 
 

@@ -8,12 +8,15 @@ import pytest
 from cryptoml.combined import load_combined
 from cryptoml.data import DataError, to_panel
 from cryptoml.forecaster import ForecasterConfig, begin, load_forecaster, network_of, save_forecaster
-from cryptoml.jobs import JobError, run
+from cryptoml.parameters import JobError
+from cryptoml.runs import run
 from cryptoml.ledger import read_ledger
 from cryptoml.network import NetworkConfig
+from cryptoml.nested import as_it_is, network_space, tune_objective, tuned
 from cryptoml.simulate import simulate
 from cryptoml.state import read_json
-from cryptoml.study import Study, as_it_is, network_space, recipe_of, tune_objective, tuned
+from cryptoml.study import Study
+from cryptoml.training import recipe_of
 from cryptoml.tune import HyperparameterOptimizer, Interrupted
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'ledger')   # its trials count for whatever days: they are its own

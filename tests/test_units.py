@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml import data
+from cryptoml.bar import judge_table
 from cryptoml.data import CANDLE, PRICES, DataError, clean, read_panel, to_panel
 from cryptoml.engine import as_given, step
 from cryptoml.features import AdvancedFeatureEngineer
@@ -255,7 +255,7 @@ def test_the_rule_read_aloud(odd, calm):
         t += 1
     hour, open, high, low, close, volume = (np.array(v, float) for v in zip(*rows))
     x = dict(open=open, high=high, low=low, close=close, volume=volume)
-    drop, new = data._changes(np.zeros(len(rows), int), (hour * HOUR).astype('int64'), x, HOUR)
+    drop, new = judge_table(np.zeros(len(rows), int), (hour * HOUR).astype('int64'), x, HOUR)
     assert (drop.tolist(), [(i, at) for i, at, _ in new]) == slow(rows)
 
 # ---- history, the newest bar and a stream decide alike

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cryptoml.data import CANDLE, EXTRA, DataError, accepted, clean, usable
+from cryptoml.bar import accepted, usable
+from cryptoml.data import CANDLE, EXTRA, DataError, clean
 from cryptoml.engine import as_given
 from cryptoml.features import AdvancedFeatureEngineer
 

@@ -3,7 +3,7 @@ import json, subprocess, sys, time
 
 import psutil, pytest
 
-from cryptoml.report import ReportError
+from cryptoml.record import ReportError
 from cryptoml.results import write_walk_report
 
 def test_a_source_and_an_agent_are_rows_of_the_walk(tmp_path, ledger):
