@@ -18,6 +18,7 @@ from .known import as_of
 from .store import Store
 
 # %% ../nbs/055_data.ipynb #ae3c6e6b
+#| echo: false
 _all_ = ['DataError', 'check_span', 'parse_timeframe', 'to_utc', 'normalise_symbol', 'CANDLE', 'EXTRA', 'PRICES',
          'NoSymbol', 'market_frame', 'read_bars', 'read_each', 'read_table', 'DataReport', 'clean', 'clean_each',
          'Panel', 'read_panel', 'resample', 'to_panel', 'as_of', 'Store']

@@ -85,7 +85,7 @@ class Waiting:
 
     def said(self, now):
         if not self.begun: return 'collecting tests'
-        names = [f'{nodeid.split("/")[-1]} {now - start:.0f} s' for nodeid, start in self.begun.items()]
+        names = [f'{nodeid.split("/")[-1]} {now - start:.0f} s' for nodeid, start in [*self.begun.items()]]
         return 'running ' + ', '.join(names)
 
     def pytest_runtest_logstart(self, nodeid): self.begun[nodeid] = time.monotonic()

@@ -1,13 +1,14 @@
 """The package as its users get it: from a wheel, without the tools it is made with, quickly imported"""
 import ast, json, re, shutil, subprocess, sys, textwrap, zipfile
 from configparser import ConfigParser
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from statistics import median
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 root = Path(__file__).parents[1]
@@ -76,6 +77,15 @@ def test_constraints():
     for r in map(Requirement, wanted):
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), f'constraints.txt does not fit {r}'
     assert version('torch').split('+')[0] == pins['torch'] and '://' not in text
+
+def test_pins_install_on_the_oldest_python():
+    "Debian 12 has 3.11.2; what pip says there of a pin that wants 3.11.5 helps nobody"
+    lines = (root/'constraints.txt').read_text().splitlines()
+    names = {Requirement(line).name for line in lines if line and line[0] != '#'}
+    there = {d.name: d.metadata.get('Requires-Python') or '' for d in distributions() if d.name in names}
+    asked = [f'{name}: Python {python}' for name, python in there.items()
+             if not SpecifierSet(python).contains(f'{s["min_python"]}.0')]
+    assert len(there) > 100 and not asked, f'pinned, but not for Python {s["min_python"]}.0: {asked}'
 
 @pytest.fixture(scope='session')
 def wheel(tmp_path_factory):
